@@ -1,0 +1,303 @@
+"""One hidden layer on MNIST: is a wider network better if it keeps the same number of weights? (Figures 5 and 8a)
+
+    python exp_mlp_mnist.py --width 80                      one network of width 80 with the weights of width 5
+    python exp_mlp_mnist.py --sweep fig5 --jobs 2           Figure 5: width and last-layer connectivity, 3,970 weights
+    python exp_mlp_mnist.py --sweep fig8_lr, then fig8      Figure 8a: learning rates, then dense and sparse, 6,352
+    python exp_mlp_mnist.py --plot fig5                     the figure and its table from what is done
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import data
+import nn
+import train
+from train import setting
+
+INPUTS, CLASSES = 784, 10  # of every data set here: 28 x 28 pixels, ten digits
+
+
+@dataclass(frozen=True)
+class Settings(train.Settings):
+    """The protocol of Figure 5 unless changed: SGD, batch 100, learning rate 0.1, 300 epochs, biases."""
+
+    width: int = setting(80, "hidden units", least=1)
+    base_width: int = setting(5, "the network keeps as many weights as a dense one of this width", least=1)
+    dense: bool = setting(False, "keep all weights of this width instead")
+    last: float | None = setting(None, "connectivity of the last layer, 0 to 1 (default: as --how says)", least=0)
+    how: str = setting("largest-first", "which layers lose weights", choices=("largest-first", "proportional"))
+    activation: str = setting("relu", "of the hidden layer", choices=("relu", "linear"))
+    bias: bool = setting(True, "biases, not counted as weights")
+    ntk: bool = setting(False, "NTK parameterisation (Section 4 of the paper)")
+    pixelwise: bool = setting(False, "standardise each pixel with the training images in use")
+
+    ALWAYS_NAMED = ("width", "seed")
+
+    @property
+    def budget(self):
+        """Weights that the network keeps."""
+        return (INPUTS + CLASSES) * (self.width if self.dense else self.base_width)
+
+    @property
+    def kept(self):
+        """Weights kept by the first and last layer if --last fixes them, else None."""
+        if self.last is None:
+            return None
+        last = round(self.last * CLASSES * self.width)
+        return [self.budget - last, last]
+
+    def possible(self):
+        """Whether --last leaves the first layer between one weight and all of them."""
+        return self.kept is None or 1 <= self.kept[0] <= INPUTS * self.width and self.kept[1] >= 1
+
+    def check(self):
+        super().check()
+        if self.base_width > self.width and not self.dense:
+            raise train.UsageError(f"width {self.width} cannot keep the weights of the wider base {self.base_width}; "
+                                   "choose a --width of at least the --base-width, or --dense")
+        if self.last is not None and self.last > 1:
+            raise train.UsageError(f"--last is a fraction of at most 1, not {self.last}")
+        if not self.possible():
+            raise train.UsageError(f"--last {self.last} at width {self.width} leaves {self.kept[0]:,} of "
+                                   f"{self.budget:,} weights to a first layer of {INPUTS * self.width:,}")
+
+
+# ---------------------------------------------------------------------------------------------- data and model
+
+
+def load(s):
+    dataset = data.load(s.data, s.data_dir)
+    if s.held_out:
+        dataset = dataset.held_out(s.held_out)
+    if s.limit:
+        dataset = dataset.limited(s.limit)
+    return dataset.standardized_by_pixel() if s.pixelwise else dataset
+
+
+def build(s, dataset):
+    """MLP with one hidden layer, its masks and weights drawn from the seed."""
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(INPUTS, s.width, bias=s.bias, ntk=s.ntk),
+        *([nn.ReLU()] if s.activation == "relu" else []),
+        nn.Linear(s.width, CLASSES, bias=s.bias, ntk=s.ntk),
+    )
+    nn.sparsify(model, s.budget, s.seed, how=s.how, kept=s.kept)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+FIG5_WIDTHS = (5, 10, 20, 40, 80, 160, 320, 640)
+FIG5_LAST = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FIG8_WIDTHS = (8, 32, 128, 216, 328, 512, 635)
+FIG8_RATES = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
+FIG8_LR = {}
+
+
+def over_seeds(s, runs, default):
+    """Every run with seeds s.seed, s.seed + 1, ...; as many as --seeds says, else the figure's default."""
+    return [replace(run, seed=s.seed + i) for run in runs for i in range(s.seeds or default)]
+
+
+def fig5_runs(s):
+    cells = [replace(s, width=w, last=c, activation=a)
+             for a in ("relu", "linear") for w in FIG5_WIDTHS for c in FIG5_LAST]
+    return over_seeds(s, [cell for cell in cells if cell.possible()], 1)
+
+
+def fig5_paper(s):
+    if s.activation == "relu" and s.width == s.base_width:
+        return "about 90 %"
+    return None
+
+
+def fig5_draw(points, metric):
+    """Heat maps over width and last-layer connectivity, the best cell starred, impossible cells white."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    values = {(p.settings.activation, p.settings.width, p.settings.last): 100 * p.mean(f"{metric}_test_acc")
+              for p in points}
+    low, high = np.nanmin(list(values.values())), np.nanmax(list(values.values()))
+    low = max(low, high - 12)  # a few starved cells would take all the colours
+    summary = []
+    stated = {"relu": "96.3 % at width 80 or 160", "linear": "92.7 % at width 40"}
+    for ax, activation in zip(axes, ("relu", "linear")):
+        grid = np.array([[values.get((activation, w, c), np.nan) for w in FIG5_WIDTHS] for c in FIG5_LAST])
+        image = ax.imshow(grid, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
+        for (row, column), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                ax.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
+                        color="black" if value > (low + high) / 2 else "white")
+        name = {"relu": "ReLU", "linear": "linear"}[activation]
+        if np.isfinite(grid).any():
+            row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
+            ax.plot(column + 0.36, row + 0.3, "*", color="red", markersize=8, markeredgewidth=0)
+            summary.append(f"{name}: best {grid[row, column]:.2f} % at width {FIG5_WIDTHS[column]} and last-layer "
+                           f"connectivity {FIG5_LAST[row]}; the paper: {stated[activation]}")
+        ax.set_title(f"{name} (the paper's best: {stated[activation]})", fontsize=10)
+        ax.set_xticks(range(len(FIG5_WIDTHS)), FIG5_WIDTHS)
+        ax.set_yticks(range(len(FIG5_LAST)), FIG5_LAST)
+        ax.set_xlabel("width")
+    axes[0].set_ylabel("connectivity of the last layer")
+    figure.colorbar(image, ax=axes, label="test accuracy, %", extend="min")
+    figure.suptitle(f"{first_line(points)}, {points[0].settings.budget:,} weights: {shown(points, metric)}")
+    return figure, summary
+
+
+def width_runs(s):
+    """Accuracy over width at the base's number of weights, and of dense networks of the same widths."""
+    widths = [w for w in FIG5_WIDTHS if s.base_width < w <= 320]
+    sparse = [replace(s, width=w) for w in (s.base_width, *widths)]
+    return over_seeds(s, sparse + [replace(s, width=w, dense=True) for w in widths], 3)
+
+
+def fig8_at(s, width, dense, lr=None):
+    """One network of Figure 8: no biases, NTK parameterisation, 2,048 training images, batch 256, last layer dense.
+
+    The width 8 that fixes the number of weights is dense and sparse at once.
+    """
+    dense = dense or width == 8
+    return replace(s, width=width, base_width=8, dense=dense, last=None if dense else 1.0, bias=False, ntk=True,
+                   pixelwise=True, limit=2048, batch=256, lr=FIG8_LR[dense, width] if lr is None else lr)
+
+
+def fig8_networks():
+    return [(w, dense) for dense in (True, False) for w in FIG8_WIDTHS if dense or w > 8]
+
+
+def fig8_runs(s):
+    missing = [w for w, dense in fig8_networks() if (dense, w) not in FIG8_LR]
+    if missing:
+        raise train.UsageError(f"no tuned learning rate for widths {missing}")
+    return over_seeds(s, [fig8_at(s, w, dense) for w, dense in fig8_networks()], 10)
+
+
+def fig8_lr_runs(s):
+    """Every learning rate for every network of Figure 8, tested on training images that are not trained on."""
+    runs = [fig8_at(replace(s, held_out=5000), w, dense, lr) for w, dense in fig8_networks() for lr in FIG8_RATES]
+    return over_seeds(s, runs, 2)
+
+
+def tuned(points, metric="best"):
+    """{(dense, width): the learning rate of the highest mean accuracy on held-out images}"""
+    best = {}
+    for p in points:
+        key, accuracy = (p.settings.dense, p.settings.width), p.mean(f"{metric}_test_acc")
+        if math.isfinite(accuracy) and accuracy > best.get(key, (-1, None))[0]:
+            best[key] = accuracy, p.settings.lr
+    return {key: lr for key, (_, lr) in best.items()}
+
+
+def first_line(points):
+    s = points[0].settings
+    return {"mnist": "MNIST", "synthetic": "Synthetic digits"}[s.data] + (
+        f", first {s.limit:,} training images" if s.limit else "")
+
+
+def shown(points, metric):
+    """What a figure's numbers are: "best test accuracy over 100 epochs, mean of 3 seeds"."""
+    s, seeds = points[0].settings, {len(p.results) for p in points if p.results}
+    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    what = {"best": "best test accuracy over", "final": "test accuracy after"}[metric]
+    return f"{what} {s.epochs} epochs, {'mean of ' + count + ' seeds' if max(seeds) > 1 else '1 seed'}"
+
+
+def lines_draw(points, metric, title):
+    """Accuracy over width, dense and sparse, with standard deviations over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    ax = figure.subplots()
+    base = points[0].settings.base_width
+    budget = (INPUTS + CLASSES) * base
+    done = [p for p in points if p.values("weights")]
+    summary = []
+    for dense, label, style in ((False, f"sparse: {budget:,} weights at every width", "o-"),
+                                (True, "dense: all weights of its width", "s--")):
+        line = sorted((p for p in done if p.settings.dense == dense or p.settings.width == base),
+                      key=lambda p: p.settings.width)
+        if not line:
+            continue
+        widths = [p.settings.width for p in line]
+        means = [100 * p.mean(f"{metric}_test_acc") for p in line]
+        ax.errorbar(widths, means, [100 * p.std(f"{metric}_test_acc") for p in line], fmt=style, capsize=3,
+                    label=label, color="C0" if not dense else "C7")
+        top = int(np.argmax(means))
+        summary.append(f"{label}: best {means[top]:.2f} % at width {widths[top]}, "
+                       f"{means[0]:.2f} % at width {widths[0]}")
+    ax.set_xscale("log")
+    widths = sorted({p.settings.width for p in done})
+    ax.set_xticks(widths, widths)
+    ax.minorticks_off()
+    ax.set(xlabel="width (hidden units)", ylabel=f"{metric} test accuracy, %")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    ax.set_title(f"{title}\n{shown(points, metric)}; bars: standard deviation", fontsize=10)
+    return figure, summary
+
+
+def width_draw(points, metric):
+    return lines_draw(points, metric, f"{first_line(points)}: wider at a fixed number of weights")
+
+
+def fig8_draw(points, metric):
+    return lines_draw(points, metric, f"Figure 8a. {first_line(points)}: NTK parameterisation, tuned learning rates")
+
+
+def fig8_lr_draw(points, metric):
+    """Accuracy on held-out images over the learning rate, a line a network, the chosen rate marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    chosen = tuned(points, metric)
+    for ax, dense in zip(axes, (True, False)):
+        for i, width in enumerate(FIG8_WIDTHS):
+            line = [p for p in points if (p.settings.dense, p.settings.width) == (dense, width) and p.results]
+            if not line:
+                continue
+            means = [100 * p.mean(f"{metric}_test_acc") for p in line]
+            rates = [p.settings.lr for p in line]
+            ax.plot(rates, means, "o-", color=f"C{i}", label=f"width {width}")
+            ax.plot(chosen[dense, width], np.nanmax(means), "*", color=f"C{i}", markersize=14)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(FIG8_RATES, [f"{r:g}" for r in FIG8_RATES])
+        ax.set(title="dense" if dense else "sparse, 6,352 weights", xlabel="learning rate")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel("accuracy on held-out training images, %")
+    figure.suptitle(f"{first_line(points)}: {shown(points, metric).replace('test', 'held-out')}; stars: chosen")
+    return figure, [f"FIG8_LR = {chosen}"]
+
+
+EXPERIMENT = train.Experiment(
+    name="mlp_mnist",
+    script="exp_mlp_mnist.py",
+    description=__doc__,
+    settings=Settings,
+    load=load,
+    build=build,
+    optimizer=lambda s, params: nn.SGD(params, s.lr),
+    schedule=lambda s: nn.ConstantLR(s.lr),
+    figures={
+        "width": train.Figure("accuracy over width at a fixed number of weights", width_runs, width_draw),
+        "fig5": train.Figure("accuracy over width and last-layer connectivity at 3,970 weights", fig5_runs,
+                             fig5_draw, fig5_paper),
+        "fig8": train.Figure("dense and sparse accuracy over width at 6,352 weights, NTK parameterisation", fig8_runs,
+                             fig8_draw),
+        "fig8_lr": train.Figure("learning rates for fig8, chosen on held-out training images", fig8_lr_runs,
+                                fig8_lr_draw),
+    },
+    quick=dict(epochs=30, seeds=1),
+    quick_help="30 epochs; without --width the figure `width`, trained and drawn",
+    quick_figure="width",
+)
+
+if __name__ == "__main__":
+    sys.exit(train.main(EXPERIMENT))

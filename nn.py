@@ -1,0 +1,820 @@
+"""Automatic differentiation, layers, sparse masks and SGD on NumPy or CuPy arrays.
+
+Everything that the experiments of "Are wider nets better given the same number of parameters?"
+(Golubeva, Neyshabur, Gur-Ari, ICLR 2021, arXiv 2010.14495) need of a deep-learning framework, in reading
+order: arrays, Tensor, operations, layers, masks (Section 2 and Appendix B of the paper), optimiser.
+
+    model = Sequential(Flatten(), Linear(784, 80), ReLU(), Linear(80, 10))
+    sparsify(model, budget=3970, seed=0)              # 3,970 of 63,520 weights stay, the others are zero for good
+    optimizer = SGD(model.parameters(), lr=0.1)
+    loss = cross_entropy(model(Tensor(images)), labels)
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+"""
+
+import math
+from contextlib import contextmanager
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------- arrays
+
+xp = np  # the array module of every operation below: numpy, or cupy after use_device("gpu")
+
+
+def use_device(device="auto"):
+    """Choose where new arrays live: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
+
+    Call it before anything is built. Raises RuntimeError when a GPU is asked for and cannot be used.
+    """
+    global xp
+    if device not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"device is 'auto', 'cpu' or 'gpu', not {device!r}")
+    xp = np
+    if device != "cpu":
+        try:
+            import cupy
+
+            (cupy.zeros(1) + 1).sum()  # importing works without a driver, so launch something small
+            xp = cupy
+        except Exception as error:  # no cupy, no driver, no device, no compiler: each has its own type
+            if device == "gpu":
+                reason = str(error).strip().split("\n")[0]
+                raise RuntimeError(f"a GPU was asked for but cannot be used: {reason}") from None
+    return "cpu" if xp is np else "gpu"
+
+
+def to_host(array):
+    """The same values as a NumPy array."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def generator(seed, *key):
+    """A NumPy generator for one purpose, independent of all others: generator(0, "mask", 3).
+
+    key: names and non-negative integers. It runs on the CPU, so a seed means the same on every device.
+    """
+    words = [int.from_bytes(k.encode(), "big") if isinstance(k, str) else int(k) for k in key]
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=words))
+
+
+# ---------------------------------------------------------------------------------------------- Tensor
+
+
+class Tensor:
+    """An array and how it was computed.
+
+    data: the array; its dtype is kept (Python numbers and lists become float32).
+    grad: d(loss)/d(data) after backward(), an array of data's shape; only on leaves that require it.
+    parents, pull: the tensors it was computed from, and the function that takes the gradient of the loss
+        with respect to data to a tuple of gradients, one for each parent (None: that parent needs none).
+    """
+
+    __slots__ = ("data", "grad", "requires_grad", "parents", "pull")
+    __array_ufunc__ = None  # array + Tensor is Tensor.__radd__, not an array of Tensors
+    recording = True  # False inside no_grad()
+
+    def __init__(self, data, requires_grad=False):
+        if not isinstance(data, xp.ndarray):
+            data = xp.asarray(data, dtype=None if hasattr(data, "dtype") else np.float32)
+        self.data = data
+        self.grad = None
+        self.requires_grad = requires_grad
+        self.parents = ()
+        self.pull = None
+
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    T = property(lambda self: transpose(self))
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.data!r})"
+
+    def __len__(self):
+        return len(self.data)
+
+    def item(self):
+        return self.data.item()
+
+    def backward(self, grad=None):
+        """Add d(self)/d(leaf) to .grad of every leaf that requires it; grad defaults to 1 for one number.
+
+        The graph is consumed: what a node kept for its gradient is freed as soon as it was used.
+        """
+        if self.pull is None:
+            raise ValueError("backward() on a tensor that no gradient can reach: nothing it was computed from "
+                             "requires one, or its graph was used up by an earlier backward()")
+        if grad is None:
+            if self.data.size != 1:
+                raise ValueError(f"backward() without a gradient needs one number, not shape {self.shape}")
+            grad = xp.ones_like(self.data)
+        grads = {id(self): xp.asarray(grad, dtype=self.data.dtype)}
+        for node in reversed(topological_order(self)):
+            g = grads.pop(id(node))
+            for parent, dp in zip(node.parents, node.pull(g)):
+                if dp is None or not parent.requires_grad:
+                    continue
+                if parent.pull is None:  # a leaf owns its gradient: copy what is a view or went through unchanged
+                    parent.accumulate(dp.copy() if dp is g or dp.base is not None else dp)
+                    continue
+                assert dp.shape == parent.shape, f"gradient of shape {dp.shape} for data of shape {parent.shape}"
+                seen = grads.get(id(parent))
+                grads[id(parent)] = dp if seen is None else seen + dp
+            node.parents, node.pull = (), None
+
+    def accumulate(self, g):
+        """Add g, an array that nothing else holds, to .grad."""
+        assert g.shape == self.shape, f"gradient of shape {g.shape} for data of shape {self.shape}"
+        self.grad = g if self.grad is None else self.grad + g
+
+    # Operators and methods; the operations themselves are the functions below.
+    def __add__(self, other): return add(self, other)
+    def __radd__(self, other): return add(other, self)
+    def __sub__(self, other): return add(self, neg(as_tensor(other, self)))
+    def __rsub__(self, other): return add(other, neg(self))
+    def __mul__(self, other): return mul(self, other)
+    def __rmul__(self, other): return mul(other, self)
+    def __truediv__(self, other): return div(self, other)
+    def __rtruediv__(self, other): return div(other, self)
+    def __pow__(self, other): return power(self, other)
+    def __rpow__(self, other): return power(other, self)
+    def __matmul__(self, other): return matmul(self, other)
+    def __rmatmul__(self, other): return matmul(other, self)
+    def __neg__(self): return neg(self)
+    def __getitem__(self, index): return getitem(self, index)
+    def exp(self): return exp(self)
+    def log(self): return log(self)
+    def relu(self): return relu(self)
+    def sum(self, axis=None, keepdims=False): return sum(self, axis, keepdims)
+    def mean(self, axis=None, keepdims=False): return mean(self, axis, keepdims)
+    def max(self, axis=None, keepdims=False): return max(self, axis, keepdims)
+    def reshape(self, *shape): return reshape(self, *shape)
+    def transpose(self, *axes): return transpose(self, *axes)
+
+
+def topological_order(root):
+    """The computed tensors that root depends on, each after all that it depends on itself; root is last."""
+    order, done, stack = [], set(), [root]
+    while stack:
+        node = stack[-1]
+        waiting = [p for p in node.parents if p.pull is not None and id(p) not in done]
+        if waiting and id(node) not in done:
+            stack.extend(waiting)
+            continue
+        stack.pop()
+        if id(node) not in done:
+            done.add(id(node))
+            order.append(node)
+    return order
+
+
+@contextmanager
+def no_grad():
+    """Inside it operations keep nothing for a backward pass."""
+    before, Tensor.recording = Tensor.recording, False
+    try:
+        yield
+    finally:
+        Tensor.recording = before
+
+
+def as_tensor(value, like):
+    """value as a Tensor; a number takes the dtype of `like`, so that 0.1 * x stays as precise as x."""
+    if isinstance(value, Tensor):
+        return value
+    return Tensor(value if hasattr(value, "dtype") else xp.asarray(value, dtype=like.data.dtype))
+
+
+def result(data, parents, pull):
+    """The Tensor that an operation returns; it remembers parents and pull only if a gradient can flow."""
+    out = Tensor(data)
+    if Tensor.recording and any([p.requires_grad for p in parents]):
+        out.requires_grad, out.parents, out.pull = True, parents, pull
+    return out
+
+
+def unbroadcast(g, shape):
+    """Sum g over the axes along which an operand of this shape was repeated."""
+    if g.shape == shape:
+        return g
+    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
+    repeated = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
+    return g.sum(axis=repeated, keepdims=True) if repeated else g
+
+
+def operands(x, y):
+    x = x if isinstance(x, Tensor) else as_tensor(x, y)
+    return x, y if isinstance(y, Tensor) else as_tensor(y, x)
+
+
+# ---------------------------------------------------------------------------------------------- operations
+# Each returns a Tensor; g is the gradient of the loss with respect to it.
+
+
+def add(x, y):
+    """x + y:  dx = g, dy = g"""
+    x, y = operands(x, y)
+    return result(x.data + y.data, (x, y), lambda g: (unbroadcast(g, x.shape), unbroadcast(g, y.shape)))
+
+
+def mul(x, y):
+    """x y:  dx = g y, dy = g x"""
+    x, y = operands(x, y)
+
+    def pull(g):
+        return (unbroadcast(g * y.data, x.shape) if x.requires_grad else None,
+                unbroadcast(g * x.data, y.shape) if y.requires_grad else None)
+
+    return result(x.data * y.data, (x, y), pull)
+
+
+def div(x, y):
+    """x / y:  dx = g / y, dy = -g x / y^2"""
+    x, y = operands(x, y)
+    out = x.data / y.data
+
+    def pull(g):
+        dx = g / y.data
+        return unbroadcast(dx, x.shape), unbroadcast(-dx * out, y.shape) if y.requires_grad else None
+
+    return result(out, (x, y), pull)
+
+
+def neg(x):
+    """-x:  dx = -g"""
+    return result(-x.data, (x,), lambda g: (-g,))
+
+
+def power(x, y):
+    """x^y:  dx = g y x^(y-1), dy = g x^y log x; both are 0 where the limit is (y = 0; x = 0 and y > 0)"""
+    x, y = operands(x, y)
+    out = x.data ** y.data
+
+    def pull(g):
+        dx = dy = None
+        if x.requires_grad:
+            exponent = xp.where(y.data == 0, 1, y.data - 1)  # y = 0: avoid 0 * 0^-1
+            dx = unbroadcast(g * y.data * x.data ** exponent, x.shape)
+        if y.requires_grad:
+            logarithm = xp.log(xp.where((x.data == 0) & (y.data >= 0), 1, x.data))
+            dy = unbroadcast(g * out * logarithm, y.shape)
+        return dx, dy
+
+    return result(out, (x, y), pull)
+
+
+def exp(x):
+    """e^x:  dx = g e^x"""
+    out = xp.exp(x.data)
+    return result(out, (x,), lambda g: (g * out,))
+
+
+def log(x):
+    """log x:  dx = g / x"""
+    return result(xp.log(x.data), (x,), lambda g: (g / x.data,))
+
+
+def relu(x):
+    """max(x, 0):  dx = g [x > 0]"""
+    out = xp.maximum(x.data, 0)
+    return result(out, (x,), lambda g: (g * (out > 0),))
+
+
+def sum(x, axis=None, keepdims=False):
+    """Sum over axis:  dx = g, repeated along axis"""
+    out = x.data.sum(axis=axis, keepdims=keepdims)
+
+    def pull(g):
+        g = g if axis is None or keepdims else xp.expand_dims(g, axis)
+        return (xp.broadcast_to(g, x.shape),)
+
+    return result(out, (x,), pull)
+
+
+def mean(x, axis=None, keepdims=False):
+    """Mean over axis:  dx = g / n, repeated along axis"""
+    total = sum(x, axis, keepdims)
+    return total * (total.size / x.size)
+
+
+def max(x, axis=None, keepdims=False):
+    """Largest entry over axis:  dx = g there, shared equally among ties"""
+    top = x.data.max(axis=axis, keepdims=True)
+    out = top if keepdims else xp.squeeze(top, axis=axis)
+
+    def pull(g):
+        g = g if axis is None or keepdims else xp.expand_dims(g, axis)
+        where = x.data == top
+        return (g * where / where.sum(axis=axis, keepdims=True).astype(x.dtype),)
+
+    return result(out, (x,), pull)
+
+
+def reshape(x, *shape):
+    """Another shape, the same entries in the same order:  dx = g in x's shape"""
+    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    return result(x.data.reshape(shape), (x,), lambda g: (g.reshape(x.shape),))
+
+
+def transpose(x, *axes):
+    """Axes in another order (reversed if none are given):  dx = g with the axes put back"""
+    axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
+    axes = tuple(a % x.ndim for a in axes) if axes else tuple(reversed(range(x.ndim)))
+    return result(x.data.transpose(axes), (x,), lambda g: (g.transpose(np.argsort(axes).tolist()),))
+
+
+def getitem(x, index):
+    """x[index], any NumPy index:  dx = g at index (summed where an entry was taken repeatedly), else 0"""
+    basic = all(isinstance(i, (int, slice, type(None), type(Ellipsis)))
+                for i in (index if isinstance(index, tuple) else (index,)))
+
+    def pull(g):
+        dx = xp.zeros_like(x.data)
+        if basic:
+            dx[index] = g
+        else:
+            xp.add.at(dx, index, g)
+        return (dx,)
+
+    return result(x.data[index], (x,), pull)
+
+
+def matmul(x, y):
+    """x @ y, batched over leading axes:  dx = g y^T, dy = x^T g"""
+    x, y = operands(x, y)
+    if x.ndim == 1 and y.ndim == 1:
+        return sum(x * y)
+    if x.ndim == 1:  # (k,) @ (..., k, n)
+        out = matmul(reshape(x, 1, -1), y)  # (..., 1, n)
+        return reshape(out, out.shape[:-2] + out.shape[-1:])
+    if y.ndim == 1:  # (..., m, k) @ (k,)
+        out = matmul(x, reshape(y, -1, 1))  # (..., m, 1)
+        return reshape(out, out.shape[:-1])
+
+    def pull(g):
+        return (unbroadcast(g @ y.data.swapaxes(-1, -2), x.shape) if x.requires_grad else None,
+                unbroadcast(x.data.swapaxes(-1, -2) @ g, y.shape) if y.requires_grad else None)
+
+    return result(x.data @ y.data, (x, y), pull)
+
+
+# Below these densities of a masked weight, touching only its kept entries is faster than the dense product.
+# Measured with OpenBLAS on one thread, batch 100: a kept weight costs 0.16 ns an example in the CSR product and
+# 0.5 ns in its gradient, an entry of a dense product 0.018 and 0.014 ns.
+SPARSE_PRODUCT, SPARSE_GRADIENT = 1 / 12, 1 / 36
+
+
+def linear(x, w, b=None):
+    """y = x w^T + b for x (..., in), w (out, in), b (out,):  dx = g w, dw = g^T x, db = sum of g"""
+    if x.ndim != 2:  # (..., in) -> (batch, in) -> (..., out)
+        return reshape(linear(reshape(x, -1, x.shape[-1]), w, b), x.shape[:-1] + w.shape[:1])
+    density = w.density if isinstance(w, Parameter) and xp is np else 1
+    if density < SPARSE_PRODUCT:
+        xT = xp.ascontiguousarray(x.data.T)  # (in, batch): one contiguous row for each input
+        out = (w.csr() @ xT).T  # (batch, out), stored as (out, batch)
+    else:
+        out = x.data @ w.data.T
+    if b is not None:
+        out += b.data
+
+    def pull(g):
+        dx = dw = db = None
+        if x.requires_grad:
+            # The product in the order in which x is stored, so that what follows runs along memory.
+            dx = g @ w.data if x.data.flags.c_contiguous else (w.data.T @ g.T).T
+        if w.requires_grad:
+            if density < SPARSE_GRADIENT:
+                rows, columns = np.divmod(w.kept, w.shape[1])
+                gT = np.ascontiguousarray(g.T)  # (out, batch)
+                dw = np.vecdot(gT.take(rows, 0), xT.take(columns, 0))  # (kept,)
+            else:
+                dw = g.T @ x.data
+        if b is not None and b.requires_grad:
+            db = g.sum(axis=0)
+        return (dx, dw, db)[: len(parents)]
+
+    parents = (x, w) if b is None else (x, w, b)
+    return result(out, parents, pull)
+
+
+def cross_entropy(logits, labels):
+    """Mean over the batch of -log softmax(logits)[label]:  dlogits = g (softmax(logits) - onehot(label)) / N
+
+    logits (N, classes), labels (N,) integers. Stable for any finite logits: the largest is subtracted first.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"cross_entropy takes logits (N, classes) and labels (N,), "
+                         f"not {logits.shape} and {labels.shape}")
+    columns = xp.arange(len(labels))
+    z = xp.ascontiguousarray(logits.data.T)  # (classes, N): reductions over classes then run along memory
+    z -= z.max(axis=0)
+    p = xp.exp(z)
+    total = p.sum(axis=0)
+    loss = (xp.log(total) - z[labels, columns]).mean()
+
+    def pull(g):
+        dz = p / total
+        dz[labels, columns] -= 1
+        dz *= g / len(labels)
+        return (dz.T,)
+
+    return result(loss, (logits,), pull)
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+class Parameter(Tensor):
+    """A Tensor that is trained, with an optional mask.
+
+    mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero.
+    density: the fraction of entries that are kept, 1 without a mask.
+    kept: None, or for a mask of low density the positions of the kept entries in data.reshape(-1), ascending:
+        then products and updates touch only them.
+    """
+
+    __slots__ = ("mask", "density", "kept", "_csr")
+
+    def __init__(self, data, mask=None):
+        super().__init__(data, requires_grad=True)
+        self.data = xp.ascontiguousarray(self.data)  # SGD updates kept entries through the view data.reshape(-1)
+        self.set_mask(mask)
+
+    def set_mask(self, mask):
+        """Take this mask (None: dense) and zero the masked entries."""
+        self.mask, self.density, self.kept, self._csr = None, 1.0, None, None
+        if mask is not None:
+            mask = xp.asarray(mask, dtype=bool)
+            if mask.shape != self.shape:
+                raise ValueError(f"a mask of shape {mask.shape} does not fit a parameter of shape {self.shape}")
+            self.mask, self.density = mask, float(mask.mean())
+            self.kept = xp.flatnonzero(mask) if self.density < SPARSE_GRADIENT else None
+            self.data[~mask] = 0
+
+    def accumulate(self, g):
+        """Add g to .grad, zero where masked; g may hold the gradients of the kept entries alone."""
+        if self.kept is not None:
+            values = g if g.shape == self.kept.shape else g.reshape(-1)[self.kept]
+            g = xp.zeros_like(self.data)
+            g.reshape(-1)[self.kept] = values
+        elif self.mask is not None:
+            g *= self.mask
+        super().accumulate(g)
+
+    @property
+    def count(self):
+        """How many entries are kept."""
+        return self.size if self.mask is None else int(self.mask.sum())
+
+    def csr(self):
+        """The kept weights of a matrix in compressed sparse rows (SciPy); its structure is built once."""
+        if self._csr is None:
+            from scipy.sparse import csr_array
+
+            kept = np.flatnonzero(self.mask)
+            rows, columns = np.divmod(kept, self.shape[1])
+            starts = np.searchsorted(rows, np.arange(self.shape[0] + 1))
+            self._csr = csr_array((np.zeros(len(kept), self.dtype), columns, starts), self.shape), kept
+        matrix, kept = self._csr
+        self.data.reshape(-1).take(kept, out=matrix.data, mode="clip")  # clip: no bounds check, no hidden copy
+        return matrix
+
+
+class Module:
+    """A network or a part of one. Its attributes are, in the order in which they were set:
+    Parameters (trained), Modules or lists of Modules (its parts), and arrays (saved with it, not trained).
+    """
+
+    training = True
+
+    def __call__(self, x):
+        return self.forward(x)
+
+    def children(self):
+        """(name, part) for the parts of this module, in order."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                yield from ((f"{name}.{i}", v) for i, v in enumerate(value) if isinstance(v, Module))
+
+    def named_modules(self, prefix=""):
+        """(dotted name, module) for this module and all below it, in order."""
+        yield prefix.rstrip("."), self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}{name}.")
+
+    def named_arrays(self, kind, prefix=""):
+        for name, value in vars(self).items():
+            if isinstance(value, kind):
+                yield prefix + name, value
+        for name, child in self.children():
+            yield from child.named_arrays(kind, f"{prefix}{name}.")
+
+    def named_parameters(self):
+        """(dotted name, Parameter) in a fixed order: the order in which the attributes were set."""
+        return self.named_arrays(Parameter)
+
+    def parameters(self):
+        return [p for _, p in self.named_parameters()]
+
+    def state_dict(self):
+        """name -> NumPy array: a copy of every parameter, its mask under "name.mask", and every saved array."""
+        state = {}
+        for name, p in self.named_parameters():
+            state[name] = p.data
+            if p.mask is not None:
+                state[f"{name}.mask"] = p.mask
+        state.update(self.named_arrays(xp.ndarray))
+        return {name: np.array(to_host(value)) for name, value in state.items()}
+
+    def load_state_dict(self, state):
+        """Take the values and masks of a state_dict() of the same network.
+
+        Raises ValueError that names what is missing, what is unexpected and what has another shape; nothing
+        is changed then. Masks are taken as they come: a network becomes as sparse as the one that was saved.
+        """
+        parameters, arrays = dict(self.named_parameters()), dict(self.named_arrays(xp.ndarray))
+        targets = {name: p.data for name, p in parameters.items()} | arrays
+        masks = {f"{name}.mask" for name in parameters}
+        wrong = [f"{name} is missing" for name in targets if name not in state]
+        wrong += [f"{name} is unexpected" for name in state if name not in targets and name not in masks]
+        for name, value in state.items():
+            want = targets.get(name.removesuffix(".mask") if name in masks else name)
+            if want is not None and want.shape != np.shape(value):
+                wrong.append(f"{name} has shape {np.shape(value)} instead of {want.shape}")
+        if wrong:
+            raise ValueError("this state does not fit the network: " + "; ".join(wrong))
+        for name, target in targets.items():
+            target[...] = xp.asarray(state[name])
+        for name, p in parameters.items():
+            p.set_mask(state.get(f"{name}.mask"))
+
+    def train(self, training=True):
+        """Set training mode (BatchNorm uses the batch's statistics) here and in all parts; returns self."""
+        for _, module in self.named_modules():
+            module.training = training
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+
+class Layer(Module):
+    """A module with a weight that is counted (linear, convolution): it can be drawn again at a lower density."""
+
+    def reset(self, rng, density=1.0):
+        """Draw the weights from U(-b, b), b = 1 / sqrt(fan_in density), the bias likewise (PyTorch's rule with
+        the sparse fan-in). All entries are drawn; the mask is applied by sparsify.
+        """
+        bound = 1 / math.sqrt(self.weight.data[0].size * density)
+        for p in (self.weight, self.bias):
+            if p is not None:
+                p.data[...] = xp.asarray(rng.uniform(-bound, bound, p.shape).astype(p.dtype))
+
+
+class Linear(Layer):
+    """y = x w^T + b for x (..., in_features); weight (out_features, in_features), bias (out_features,) or None.
+
+    ntk: the NTK parameterisation of the paper's Section 4, y = (x w^T + b) / sqrt(in_features) with w from
+    N(0, 1/density): learning rate and kernel keep their scale as the width grows.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, ntk=False, dtype=np.float32, rng=None):
+        self.weight = Parameter(xp.empty((out_features, in_features), dtype))
+        self.bias = Parameter(xp.empty(out_features, dtype)) if bias else None
+        self.ntk = ntk
+        self.reset(rng or np.random.default_rng())
+
+    def reset(self, rng, density=1.0):
+        super().reset(rng, density)
+        if self.ntk:
+            self.weight.data[...] = xp.asarray(rng.normal(0, density**-0.5, self.weight.shape).astype(self.weight.dtype))
+
+    def forward(self, x):
+        y = linear(x, self.weight, self.bias)
+        return y * self.weight.shape[1] ** -0.5 if self.ntk else y
+
+
+class ReLU(Module):
+    def forward(self, x):
+        return relu(x)
+
+
+class Flatten(Module):
+    """(N, ...) -> (N, everything else)"""
+
+    def forward(self, x):
+        return x if x.ndim == 2 else reshape(x, len(x), -1)
+
+
+class Sequential(Module):
+    """Modules applied one after the other."""
+
+    def __init__(self, *modules):
+        self.modules = list(modules)
+
+    def children(self):  # named "0", "1", ... as in PyTorch
+        return ((str(i), module) for i, module in enumerate(self.modules))
+
+    def __getitem__(self, index):
+        return self.modules[index]
+
+    def __len__(self):
+        return len(self.modules)
+
+    def forward(self, x):
+        for module in self.modules:
+            x = module(x)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------- masks
+
+
+def layers(model):
+    """[(name, layer)] of the linear and convolution layers, in order: those whose weights are counted."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
+
+
+def weight_count(model):
+    """Number of kept weights of linear and convolution layers; biases and BatchNorm are not counted."""
+    return int(np.sum([layer.weight.count for _, layer in layers(model)]))
+
+
+def initialize(model, seed):
+    """Draw the weights of every layer, each from a generator of its own (seed, index of the layer); dense."""
+    for index, (_, layer) in enumerate(layers(model)):
+        layer.weight.set_mask(None)
+        layer.reset(generator(seed, "weights", index))
+
+
+def allocate(sizes, budget, how="largest-first"):
+    """How many weights each layer keeps so that together they keep exactly `budget`; at least one each.
+
+    sizes: weights of each dense layer. Returns the kept counts in the same order.
+    "largest-first" (the paper's Appendix B): take weights from the largest layer until it is as large as the
+        next, then from both equally, and so on. So there is a level T with kept = min(size, T); of the layers
+        cut to that level the last ones keep one more weight if the budget asks for it.
+    "proportional": one density for all layers, rounded by largest remainder.
+    Raises ValueError for a budget below one weight a layer or above the dense count.
+    """
+    sizes = [int(s) for s in sizes]
+    dense, budget = int(np.sum(sizes)), int(budget)
+    if not len(sizes) <= budget <= dense or min(sizes) < 1:
+        raise ValueError(f"cannot keep {budget:,} weights: {len(sizes)} layers need at least one each "
+                         f"and have {dense:,} in all")
+    if how == "largest-first":
+        # The level is reached when the layers not larger than it keep everything and the others share the rest.
+        remaining, layers_left = budget, len(sizes)
+        for size in sorted(sizes):
+            if size * layers_left > remaining:
+                break
+            remaining, layers_left = remaining - size, layers_left - 1
+        if not layers_left:
+            return sizes
+        level, extra = divmod(remaining, layers_left)
+        cut = [i for i, size in enumerate(sizes) if size > level]
+        one_more = set(cut[len(cut) - extra:])
+        return [min(size, level + (i in one_more)) for i, size in enumerate(sizes)]
+    if how == "proportional":
+        kept = [size * budget // dense for size in sizes]
+        by_remainder = sorted(range(len(sizes)), key=lambda i: -(sizes[i] * budget % dense))
+        for i in by_remainder[: budget - int(np.sum(kept))]:
+            kept[i] += 1
+        while min(kept) == 0:  # a layer so small that its share rounds to nothing borrows from the largest
+            kept[int(np.argmax(kept))] -= 1
+            kept[kept.index(0)] += 1
+        return kept
+    raise ValueError(f"how is 'largest-first' or 'proportional', not {how!r}")
+
+
+def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False):
+    """Give every layer a random mask so that the model keeps `budget` weights, and draw the weights again.
+
+    how: the allocation among layers (see allocate), or kept: the counts themselves, in the order of layers().
+    io_only: remove whole k x k kernels of convolutions (the paper's Appendix C); the number of weights then
+        misses the budget by less than one kernel.
+    Within a layer the mask is a uniformly random subset; weights have the scale of the sparse fan-in. Both come
+    from (seed, index of the layer) alone. Returns the kept counts. Raises ValueError for impossible counts.
+    """
+    weights = [layer.weight for _, layer in layers(model)]
+    sizes = [w.size for w in weights]
+    if kept is None:
+        kept = allocate(sizes, budget, how)
+    kept = [int(k) for k in kept]
+    if len(kept) != len(sizes) or int(np.sum(kept)) != budget or any(not 1 <= k <= s for k, s in zip(kept, sizes)):
+        raise ValueError(f"kept counts {kept} do not add up to {budget:,} or do not fit layers of {sizes}")
+    # What is kept or removed together: one weight, or with io_only one kernel of shape[2:].
+    units = [math.prod(w.shape[2:]) if io_only else 1 for w in weights]
+    if io_only:
+        kept = whole_units(kept, units)
+    for index, (_, layer) in enumerate(layers(model)):
+        w, unit = layer.weight, units[index]
+        mask = np.zeros(w.size // unit, bool)
+        mask[generator(seed, "mask", index).choice(len(mask), kept[index] // unit, replace=False)] = True
+        layer.reset(generator(seed, "weights", index), density=kept[index] / w.size)
+        w.set_mask(None if mask.all() else np.repeat(mask, unit).reshape(w.shape))
+    return kept
+
+
+def whole_units(kept, units):
+    """Round each count to a multiple of its unit, the total falling short by less than the largest unit."""
+    rounded = [np.maximum(k // u, 1) * u for k, u in zip(kept, units)]
+    order = sorted(range(len(kept)), key=lambda i: -((kept[i] - rounded[i]) / units[i]))
+    while order:
+        spare = int(np.sum(kept)) - int(np.sum(rounded))
+        order = [i for i in order if units[i] <= spare and rounded[i] < kept[i]]
+        if order:
+            rounded[order[0]] += units[order.pop(0)]
+    return [int(r) for r in rounded]
+
+
+# ---------------------------------------------------------------------------------------------- optimiser
+
+
+class SGD:
+    """Stochastic gradient descent by PyTorch's rule, in this order for every parameter p with gradient g:
+
+        g = g + weight_decay p
+        v = momentum v + g   (v = g at the first step)
+        g = g + momentum v  if nesterov,  else  v
+        p = p - lr g
+
+    Where a parameter is masked p and g are zero, so v and p stay exactly zero there. Of a parameter of low density
+    only the kept entries take part.
+    """
+
+    def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
+        if lr < 0 or momentum < 0 or weight_decay < 0:
+            raise ValueError(f"lr, momentum and weight_decay are not negative: {lr}, {momentum}, {weight_decay}")
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        self.params = list(params)
+        self.lr, self.momentum, self.weight_decay, self.nesterov = lr, momentum, weight_decay, nesterov
+        self.velocity = [None] * len(self.params)  # flat arrays, of the entries that take part
+
+    def step(self):
+        for i, p in enumerate(self.params):
+            if p.grad is None:
+                continue
+            w, g = p.data.reshape(-1), p.grad.reshape(-1)
+            part = slice(None) if p.kept is None else p.kept
+            g = g[part]
+            if self.weight_decay:
+                g = g + self.weight_decay * w[part]
+            if self.momentum:
+                v = self.velocity[i]
+                v = self.velocity[i] = g.copy() if v is None else self.momentum * v + g
+                g = g + self.momentum * v if self.nesterov else v
+            w[part] -= self.lr * g
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
+    def state_dict(self):
+        """{"velocity.0": array, ...} of the parameters that have one."""
+        return {f"velocity.{i}": np.array(to_host(v)) for i, v in enumerate(self.velocity) if v is not None}
+
+    def load_state_dict(self, state):
+        self.velocity = [None] * len(self.params)
+        for i, p in enumerate(self.params):
+            if f"velocity.{i}" in state:
+                v = state[f"velocity.{i}"]
+                expected = p.size if p.kept is None else len(p.kept)
+                if v.shape != (expected,):
+                    raise ValueError(f"velocity.{i} has shape {v.shape} instead of ({expected},)")
+                self.velocity[i] = xp.asarray(v, dtype=p.dtype)
+
+
+# Schedules: the learning rate of an epoch, counted from 0. They keep no state, so a resumed run needs none.
+
+
+class ConstantLR:
+    def __init__(self, lr):
+        self.lr = lr
+
+    def __call__(self, epoch):
+        return self.lr
+
+
+class MultiStepLR:
+    """lr, multiplied by gamma at each milestone epoch."""
+
+    def __init__(self, lr, milestones, gamma=0.1):
+        self.lr, self.milestones, self.gamma = lr, sorted(milestones), gamma
+
+    def __call__(self, epoch):
+        return self.lr * self.gamma ** len([m for m in self.milestones if epoch >= m])
+
+
+class CosineLR:
+    """From lr at epoch 0 along half a cosine to minimum at the end of `epochs`."""
+
+    def __init__(self, lr, epochs, minimum=0.0):
+        self.lr, self.epochs, self.minimum = lr, epochs, minimum
+
+    def __call__(self, epoch):
+        return self.minimum + (self.lr - self.minimum) * (1 + math.cos(math.pi * epoch / self.epochs)) / 2

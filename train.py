@@ -1,0 +1,749 @@
+"""Runs, sweeps and figures: everything around a network that does not depend on which experiment it is.
+
+One run fits a network, records every epoch, survives being cut at any moment and goes on bit for bit where it
+stopped. A sweep trains all runs of a figure that are not done yet, with as many processes as wanted. A figure is
+drawn from what is on disk. An experiment script describes itself with Settings, Figures and an Experiment and
+calls main(); its command line follows from that.
+
+    OUT/<experiment>/<data set>/<run>/  config.json  log.csv  checkpoint.npz  result.json (last: the run is done)
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+import nn
+
+ROOT = Path(__file__).resolve().parent
+RECORDS = ROOT / "results"
+SAVE_EVERY = 30.0  # seconds between checkpoints
+LOOK_EVERY = 0.5  # seconds between looks at loss and accuracy (on a GPU each look waits for it)
+
+
+class UsageError(Exception):
+    """Something the user asked for that cannot be done; the message is one sentence."""
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def setting(default, help, choices=None, least=None, place=False):
+    """A field of Settings. least: the smallest value allowed. place: it says where or how, not what, is trained,
+    so it takes no part in a run's name.
+    """
+    return field(default=default, metadata=dict(help=help, choices=choices, least=least, place=place))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every experiment lets one choose; each adds its own. All that changes a result is in the run's name."""
+
+    data: str = setting("mnist", "data set", choices=data.NAMES)
+    epochs: int = setting(300, "passes over the training set", least=1)
+    seed: int = setting(0, "of masks, initial weights and order of the examples", least=0)
+    limit: int = setting(0, "use the first N training examples (0: all)", least=0)
+    held_out: int = setting(0, "test on the last N training examples in place of the test set", least=0)
+    batch: int = setting(100, "examples a step", least=1)
+    lr: float = setting(0.1, "learning rate", least=0)
+    data_dir: str = setting("data", "where data sets are found or downloaded to", place=True)
+    out: str = setting("runs", "where runs are written", place=True)
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "gpu"), place=True)
+    jobs: int = setting(1, "processes of a sweep", least=1, place=True)
+    seeds: int = setting(0, "seeds of a sweep (0: as many as its figure shows)", least=0, place=True)
+
+    ALWAYS_NAMED = ("seed",)  # other settings are in a run's name when they differ from their default
+
+    def check(self):
+        """Raise UsageError for a value out of range; experiments extend it."""
+        for f in fields(self):
+            value, least, choices = getattr(self, f.name), f.metadata["least"], f.metadata["choices"]
+            if least is not None and value is not None and not (value >= least and math.isfinite(value)):
+                raise UsageError(f"--{f.name.replace('_', '-')} must be a number of at least {least}, not {value}")
+            if choices and value not in choices:
+                raise UsageError(f"--{f.name.replace('_', '-')} is one of {', '.join(choices)}, not {value}")
+
+    def identity(self):
+        """The settings that decide what is trained, as a dict."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["place"]}
+
+    def run_name(self):
+        """A name for the run that no other settings share: "width=80,seed=0,epochs=100"."""
+        shown = {n: getattr(self, n) for n in self.ALWAYS_NAMED}
+        shown |= {f.name: getattr(self, f.name) for f in fields(self)
+                  if not f.metadata["place"] and getattr(self, f.name) != f.default and f.name != "data"}
+        return ",".join(f"{name}={value}" for name, value in shown.items())
+
+    def command(self, script):
+        """The command that trains exactly this."""
+        words = ["python", script]
+        for f in fields(self):
+            value, flag = getattr(self, f.name), f.name.replace("_", "-")
+            if not f.metadata["place"] and (value != f.default or f.name in self.ALWAYS_NAMED):
+                words += ([f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool)
+                          else [f"--{flag}", f"{value}"])
+        return " ".join(words)
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line end in one sentence and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def parse(experiment, argv):
+    """The command line as (Settings, namespace of what to do with them)."""
+    parser = Parser(prog=experiment.script, description=experiment.description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(experiment.figures)
+    todo = parser.add_argument_group(f"figures and sweeps (FIGURE is one of {names})")
+    todo.add_argument("--sweep", metavar="FIGURE", help="train every run of a figure that is not done yet")
+    todo.add_argument("--list", metavar="FIGURE", help="name the runs of a figure and say which are done")
+    todo.add_argument("--plot", metavar="FIGURE", help="draw a figure from what is done and print its table")
+    todo.add_argument("--metric", choices=("best", "final"), default="best",
+                      help="figures show the best test accuracy over epochs (the paper's protocol) or the final one")
+    todo.add_argument("--record", action="store_true", help="with --plot: keep picture and numbers in results/")
+    todo.add_argument("--quick", action="store_true", help=f"a small version: {experiment.quick_help}")
+    todo.add_argument("--dry-run", action="store_true",
+                      help="only say what would be trained, and estimate time, memory and disk")
+    todo.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a process of --jobs
+    group = parser.add_argument_group("settings")
+    types = typing.get_type_hints(experiment.settings)
+    for f in fields(experiment.settings):
+        kind = types[f.name]
+        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # float | None -> float
+        flag, default = f"--{f.name.replace('_', '-')}", f.default
+        help = f"{f.metadata['help']} (default: {default})" if kind is not bool else f.metadata["help"]
+        if kind is bool:
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            group.add_argument(flag, action=action, default=default, help=help)
+        else:
+            group.add_argument(flag, type=kind, default=default, help=help, metavar=kind.__name__[0].upper())
+    if "--quick" in argv:
+        parser.set_defaults(**experiment.quick)
+    todo = parser.parse_args(argv)
+    settings = experiment.settings(**{f.name: vars(todo).pop(f.name) for f in fields(experiment.settings)})
+    settings.check()
+    asked = [name for name in (todo.sweep, todo.list, todo.plot) if name]
+    if len(asked) > 1:
+        raise UsageError("only one of --sweep, --list and --plot can be done at a time")
+    if asked and asked[0] not in experiment.figures:
+        raise UsageError(f"there is no figure {asked[0]!r}; there are {names}")
+    return settings, todo
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_whole(path, content):
+    """Write bytes or text so that `path` holds all of it or what it held before, even if the power goes."""
+    content = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself lasts once the folder is flushed (not on Windows)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path, value):
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """The value in a JSON file, None if there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+
+
+@functools.cache
+def code_version():
+    """A hash of the project's modules and, in a git checkout, the commit."""
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()[:12]
+    try:
+        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return content
+    return f"{content} on commit {commit.stdout.strip()}" if commit.returncode == 0 else content
+
+
+def versions():
+    """What a record needs to be repeated: versions and machine."""
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":", 1)[1].strip() if names else processor
+    return {"python": platform.python_version(), nn.xp.__name__: nn.xp.__version__, "code": code_version(),
+            "processor": processor, "cores": os.cpu_count()}
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What main() needs to know of a script.
+
+    load(settings) -> data.Dataset; build(settings, dataset) -> nn.Module with weights and masks drawn;
+    optimizer(settings, parameters) -> nn.SGD; schedule(settings) -> learning rate of an epoch.
+    quick: the settings that --quick changes; quick_figure: what it sweeps and draws if no width is given.
+    """
+
+    name: str
+    script: str
+    description: str
+    settings: type
+    load: typing.Callable
+    build: typing.Callable
+    optimizer: typing.Callable
+    schedule: typing.Callable
+    figures: dict
+    quick: dict
+    quick_help: str
+    quick_figure: str
+
+
+class Run:
+    """One training run and its folder."""
+
+    def __init__(self, experiment, settings):
+        self.experiment, self.settings = experiment, settings
+        self.folder = Path(settings.out, experiment.name, settings.data, settings.run_name())
+
+    def result(self):
+        """result.json as a dict, None as long as the run is not done."""
+        return read_json(self.folder / "result.json")
+
+    def done(self):
+        return (self.folder / "result.json").exists()
+
+    def status(self):
+        """One line for --list."""
+        if result := self.result():
+            if result["diverged"]:
+                return f"diverged in epoch {result['epochs'] + 1}"
+            return f"done: test {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final"
+        try:
+            with open(self.folder / "log.csv") as log:
+                return f"begun: {sum(1 for _ in log) - 1} of {self.settings.epochs} epochs"
+        except FileNotFoundError:
+            return "not begun"
+
+    @contextmanager
+    def lock(self):
+        """Hold the run's folder while it is trained; yields False if another process holds it.
+
+        The operating system ends the hold when the process ends in whatever way, so a lock cannot be stale.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "a+b") as file:
+            try:
+                lock_file(file)
+            except OSError:
+                yield False
+            else:
+                yield True
+
+    def prepare(self):
+        """(dataset, model, optimizer, schedule) as at the first step."""
+        s, e = self.settings, self.experiment
+        dataset = e.load(s).to_device()
+        model = e.build(s, dataset)
+        return dataset, model, e.optimizer(s, model.parameters()), e.schedule(s)
+
+    def train(self, bar=True):
+        """Train from the last checkpoint, or from the beginning, to the end; returns the result.
+
+        Call it while holding lock(). SIGTERM and SIGINT end it after the step at hand with a checkpoint and
+        SystemExit(128 + signal). A loss that is not finite ends the run, recorded as diverged.
+        """
+        s = self.settings
+        dataset, model, optimizer, schedule = self.prepare()
+        progress = Progress()
+        if (self.folder / "checkpoint.npz").exists():
+            progress = self.load_checkpoint(model, optimizer)
+        else:
+            write_json(self.folder / "config.json", {"settings": s.identity(), "device": nn.use_device(s.device),
+                                                     "versions": versions()})
+        steps = math.ceil(len(dataset.train_labels) / s.batch)
+        diverged = False
+        # A loss that overflows is noticed and recorded below; NumPy need not warn of it too.
+        with np.errstate(over="ignore", invalid="ignore"), stop_signal() as stopped, tqdm(total=s.epochs * steps, initial=progress.epoch * steps + progress.step,
+                                            disable=None if bar else True, unit="step", mininterval=0.5) as bar:
+            saved = time.monotonic()
+            while progress.epoch < s.epochs and not diverged:
+                diverged = not self.epoch(dataset, model, optimizer, schedule, progress, stopped, bar)
+                if not diverged and (time.monotonic() - saved > SAVE_EVERY or progress.epoch == s.epochs):
+                    self.save_checkpoint(model, optimizer, progress)
+                    saved = time.monotonic()
+        if diverged:
+            self.write_log(progress)
+            print(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; recorded as diverged")
+        return self.write_result(model, progress, diverged)
+
+    def epoch(self, dataset, model, optimizer, schedule, progress, stopped, bar):
+        """Train to the end of the epoch at hand and evaluate; False if the loss is not finite."""
+        s = self.settings
+        begin = looked = saved = time.monotonic()
+        optimizer.lr = schedule(progress.epoch)
+        model.train()
+        for x, labels in dataset.train_batches(s.batch, s.seed, progress.epoch, progress.step):
+            logits = model(nn.Tensor(x))
+            loss = nn.cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.add(loss.data, logits.data, labels)
+            bar.update()
+            now = time.monotonic()
+            if stopped or now - looked > LOOK_EVERY:
+                looked = now
+                if not progress.finite():
+                    return False
+                bar.set_description(progress.description(s.epochs), refresh=False)
+                if stopped or now - saved > SAVE_EVERY:
+                    progress.seconds += now - begin
+                    begin = saved = now
+                    self.save_checkpoint(model, optimizer, progress)
+                if stopped:
+                    raise SystemExit(128 + stopped[0])
+        if not progress.finite():
+            return False
+        bar.set_description(progress.description(s.epochs), refresh=False)
+        test_loss, test_acc = evaluate(model, dataset.test_batches(1000))
+        progress.seconds += time.monotonic() - begin
+        progress.end_epoch(optimizer.lr, test_loss, test_acc)
+        return True
+
+    def save_checkpoint(self, model, optimizer, progress):
+        """checkpoint.npz with all that a bit-identical continuation needs, then log.csv."""
+        arrays = {f"model.{k}": v for k, v in model.state_dict().items()}
+        arrays |= {f"optimizer.{k}": v for k, v in optimizer.state_dict().items()}
+        arrays |= {f"progress.{k}": np.asarray(v, np.float64) for k, v in progress.state().items()}
+        arrays["settings"] = np.asarray(json.dumps(self.settings.identity()))
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_whole(self.folder / "checkpoint.npz", buffer.getbuffer())
+        self.write_log(progress)
+
+    def load_checkpoint(self, model, optimizer):
+        """Put the state of checkpoint.npz into model and optimizer; returns the Progress."""
+        path = self.folder / "checkpoint.npz"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            settings = json.loads(str(arrays.pop("settings")))
+            part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")}
+                    for p in ("model", "optimizer", "progress")}
+            model.load_state_dict(part["model"])
+            optimizer.load_state_dict(part["optimizer"])
+            progress = Progress(**part["progress"])
+        except Exception as error:  # NumPy and zipfile raise whatever they stumble on
+            raise UsageError(f"{path} is damaged or of another network ({error}); "
+                             "remove it to begin this run again") from None
+        wrong = [f"{f.name} {settings.get(f.name, f.default)} instead of {getattr(self.settings, f.name)}"
+                 for f in fields(self.settings) if not f.metadata["place"]
+                 and settings.get(f.name, f.default) != getattr(self.settings, f.name)]
+        if wrong:
+            raise UsageError(f"{path} belongs to a run with other settings: {', '.join(wrong)}")
+        return progress
+
+    def write_log(self, progress):
+        rows = io.StringIO()
+        writer = csv.writer(rows, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([[int(row[0]), *map(repr, map(float, row[1:]))] for row in progress.history])
+        write_whole(self.folder / "log.csv", rows.getvalue())
+
+    def write_result(self, model, progress, diverged):
+        layers = [{"name": name, "shape": list(layer.weight.shape), "size": layer.weight.size,
+                   "kept": layer.weight.count}
+                  for name, layer in nn.layers(model)]
+        weights = nn.weight_count(model)
+        column = {name: [float(row[i]) for row in progress.history] for i, name in enumerate(COLUMNS)}
+        result = {"weights": weights, "connectivity": weights / sum(layer["size"] for layer in layers),
+                  "layers": layers, "diverged": diverged}
+        for part in ("test", "train"):
+            accuracies = column[f"{part}_acc"]
+            result[f"best_{part}_acc"] = max(accuracies, default=None)
+            result[f"final_{part}_acc"] = accuracies[-1] if accuracies else None
+        result |= {"epochs": len(progress.history), "seconds": sum(column["seconds"]),
+                   "config": read_json(self.folder / "config.json")}
+        write_json(self.folder / "result.json", result)
+        return result
+
+
+class Progress:
+    """How far a run is: rows of the log, and sums over the part of the current epoch that is done."""
+
+    def __init__(self, history=(), epoch=0, step=0, loss_sum=0.0, correct=0, seen=0, seconds=0.0):
+        self.history = [list(map(float, row)) for row in history]
+        self.epoch, self.step, self.seen = int(epoch), int(step), int(seen)
+        self.loss_sum, self.correct, self.seconds = float(loss_sum), int(correct), float(seconds)
+
+    def state(self):
+        state = {k: v for k, v in vars(self).items() if k != "history"}
+        state = {k: float(v) for k, v in state.items()}
+        return state | {"history": np.reshape(self.history, (-1, len(COLUMNS)))}
+
+    def add(self, loss, logits, labels):
+        """Count one step; the sums stay on the device."""
+        self.step += 1
+        self.seen += len(labels)
+        self.loss_sum += loss.astype(np.float64) * len(labels)
+        self.correct += (logits.argmax(axis=1) == labels).sum()
+
+    def finite(self):
+        return math.isfinite(float(self.loss_sum))
+
+    def description(self, epochs):
+        return (f"epoch {self.epoch + 1}/{epochs} loss {float(self.loss_sum) / self.seen:.3f} "
+                f"train {int(self.correct) / self.seen:.2%}"
+                + (f" test {self.history[-1][COLUMNS.index('test_acc')]:.2%}" if self.history else ""))
+
+    def end_epoch(self, lr, test_loss, test_acc):
+        self.history.append([self.epoch + 1, lr, float(self.loss_sum) / self.seen, int(self.correct) / self.seen,
+                             test_loss, test_acc, self.seconds])
+        self.epoch, self.step, self.seen = self.epoch + 1, 0, 0
+        self.loss_sum, self.correct, self.seconds = 0.0, 0, 0.0
+
+
+def evaluate(model, batches):
+    """(mean loss, accuracy) in evaluation mode."""
+    model.eval()
+    loss_sum, correct, seen = 0.0, 0, 0
+    with nn.no_grad():
+        for x, labels in batches:
+            logits = model(nn.Tensor(x))
+            loss_sum += float(nn.cross_entropy(logits, labels).data) * len(labels)
+            correct += int((logits.data.argmax(axis=1) == labels).sum())
+            seen += len(labels)
+    return loss_sum / seen, correct / seen
+
+
+@contextmanager
+def stop_signal():
+    """A list that SIGTERM and SIGINT put their number into, so that a step is never cut in the middle."""
+    stopped = []
+    before = {sig: signal.signal(sig, lambda number, frame: stopped.append(number))
+              for sig in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def lock_file(file):
+    """Lock an open file for this process without waiting; OSError if another process has it."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def estimate(run, steps=20):
+    """(layer table, seconds, bytes of memory, bytes of disk) of a run, from a few timed steps."""
+    s = run.settings
+    dataset, model, optimizer, schedule = run.prepare()
+    optimizer.lr = 0  # the estimate must not depend on how training would go
+    timed = []
+    for x, labels in dataset.train_batches(s.batch, s.seed, 0):
+        begin = time.perf_counter()
+        logits = model(nn.Tensor(x))
+        nn.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        Progress().add(logits.data.sum(), logits.data, labels)
+        timed.append(time.perf_counter() - begin)
+        if len(timed) == steps:
+            break
+    begin = time.perf_counter()
+    x, labels = next(dataset.test_batches(1000))
+    evaluate(model, [(x, labels)])
+    testing = (time.perf_counter() - begin) * len(dataset.test_labels) / len(labels)
+    seconds = s.epochs * (float(np.median(timed)) * math.ceil(len(dataset.train_labels) / s.batch) + testing)
+    arrays = [*model.state_dict().values(), *optimizer.state_dict().values()]
+    table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
+             f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
+    table.append(f"  {nn.weight_count(model):,} weights in all")
+    return table, seconds, peak_memory(), sum(a.nbytes for a in arrays) + 100 * s.epochs
+
+
+def peak_memory():
+    """The most memory this process has held, in bytes (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+
+
+def sweep(runs, worker=False):
+    """Train the runs that are not done, each under its lock; returns how many failed.
+
+    Any number of processes may do this for the same runs at once. Whoever is through waits for the others, and
+    takes over the run of one that died.
+    """
+    runs, failed, waiting = list(runs), 0, list(runs)
+    while waiting:
+        busy = []
+        for run in waiting:
+            if run.done():
+                continue
+            with run.lock() as mine:
+                if not mine:
+                    busy.append(run)
+                elif not run.done():
+                    try:
+                        result = run.train(bar=not worker)
+                    except UsageError as error:
+                        failed += 1
+                        print(f"{run.settings.run_name()}: {error}", file=sys.stderr, flush=True)
+                        continue
+                    count = sum(r.done() for r in runs)
+                    print(f"[{count}/{len(runs)}] {run.settings.run_name()}: "
+                          f"test {percent(result['best_test_acc'])} in {result['seconds']:.0f} s", flush=True)
+        waiting = busy
+        if busy:
+            time.sleep(1)
+    return failed
+
+
+def sweep_in_processes(jobs, script, argv):
+    """The same command in `jobs` processes that share the cores; returns the worst exit code."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    env = dict(os.environ, **{name: threads for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS",
+                                                         "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")})
+    command = [sys.executable, script, *argv, "--worker"]
+    workers = [subprocess.Popen(command, env=env) for _ in range(jobs)]
+    with stop_signal() as stopped:
+        while any(w.poll() is None for w in workers):
+            if stopped:
+                for w in workers:
+                    w.terminate()  # each writes its checkpoint
+                stopped_by = stopped[0]
+                [w.wait() for w in workers]
+                return 128 + stopped_by
+            time.sleep(0.1)
+    return max(abs(w.returncode) for w in workers)
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the paper, or one of our own.
+
+    runs(settings) -> the Settings of every run it shows; draw(points, metric, axes title) -> (matplotlib Figure,
+    [lines that sum it up]); paper(settings) -> what the paper says of these settings (None: nothing).
+    """
+
+    help: str
+    runs: typing.Callable
+    draw: typing.Callable
+    paper: typing.Callable = lambda settings: None
+
+
+@dataclass(frozen=True)
+class Point:
+    """Runs that differ only in their seed. settings: those of the first; results: of the runs that are done."""
+
+    settings: Settings
+    results: tuple
+
+    def values(self, name):
+        """This quantity of every run that reached the end."""
+        return [r[name] for r in self.results if not r["diverged"]]
+
+    def mean(self, name):
+        return float(np.mean(self.values(name))) if self.values(name) else math.nan
+
+    def std(self, name):
+        """Standard deviation over seeds, 0 for a single one."""
+        return float(np.std(self.values(name), ddof=1)) if len(self.values(name)) > 1 else 0.0
+
+
+def points(runs, results):
+    """Group (settings, result or None) by everything but the seed."""
+    groups = {}
+    for settings, result in zip(runs, results):
+        groups.setdefault(replace(settings, seed=0), []).append((settings, result))
+    return [Point(group[0][0], tuple(r for _, r in group if r)) for group in groups.values()]
+
+
+def percent(fraction):
+    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.2f} %"
+
+
+def table(figure, points, metric, script):
+    """Lines "paper / ours (mean, deviation, seeds) / command", one a point."""
+    yield f"{'paper':>14}  {f'ours: {metric} test accuracy':28}  command (one seed)"
+    for p in points:
+        ours = f"{percent(p.mean(f'{metric}_test_acc'))} ± {100 * p.std(f'{metric}_test_acc'):.2f} ({len(p.results)})"
+        diverged = sum(r["diverged"] for r in p.results)
+        ours = ("missing" if not p.results else ours) + (f", {diverged} diverged" if diverged else "")
+        yield f"{figure.paper(p.settings) or '-':>14}  {ours:28}  {p.settings.command(script)}"
+
+
+def record_of(name, figure, runs, results):
+    """The small record of a figure: what was trained and what came out, one line a run."""
+    keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
+            "final_train_acc", "epochs", "seconds")
+    rows = [{"data": s.data, "run": s.run_name(), **{k: r[k] for k in keep}} for s, r in zip(runs, results) if r]
+    made = next(r["config"] for r in results if r)
+    head = {"figure": name, "shows": figure.help, "device": made["device"], "versions": made["versions"]}
+    return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
+
+
+def collect(experiment, name, runs):
+    """(results in the order of runs, where they come from): from OUT, or if it has none of them from results/."""
+    results = [Run(experiment, s).result() for s in runs]
+    record = RECORDS / f"{experiment.name}_{name}.json"
+    if any(results) or not record.exists():
+        return results, f"{runs[0].out}/"
+    recorded = {(row["data"], row["run"]): row for row in read_json(record)["runs"]}
+    return [recorded.get((s.data, s.run_name())) for s in runs], str(record.relative_to(ROOT))
+
+
+def plot(experiment, name, settings, metric, record):
+    """Draw a figure from what is done, print its table, and say what is missing."""
+    figure = experiment.figures[name]
+    runs = figure.runs(settings)
+    results, source = collect(experiment, name, runs)
+    missing = sum(r is None for r in results)
+    if missing == len(runs):
+        raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}")
+    grouped = points(runs, results)
+    picture, summary = figure.draw(grouped, metric)
+    print(*table(figure, grouped, metric, experiment.script), sep="\n")
+    print(f"\n{name}: {figure.help}", *summary, sep="\n")
+    print(f"{len(runs) - missing} of {len(runs)} runs are done ({source})"
+          + (f"; --list {name} names the others, --sweep {name} trains them" if missing else ""))
+    path = (RECORDS if record else Path(settings.out, experiment.name)) / f"{experiment.name}_{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=150)
+    if record and not source.startswith(RECORDS.name):
+        write_whole(path.with_suffix(".json"), record_of(name, figure, runs, results))
+    print(f"drawn to {path}")
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def dry_run(experiment, runs):
+    """Say what would be trained and what it would take."""
+    total = 0.0
+    for settings in runs:
+        run = Run(experiment, settings)
+        if run.done():
+            print(f"{settings.run_name()}: {run.status()}")
+            continue
+        layers, seconds, memory, disk = estimate(run)
+        total += seconds
+        print(f"{settings.run_name()}: about {seconds:.0f} s, {memory / 2**20:.0f} MB of memory, "
+              f"{disk / 2**20:.1f} MB of disk")
+        if len(runs) == 1:
+            print(*layers, sep="\n")
+    if len(runs) > 1:
+        print(f"{len(runs)} runs, about {total / 60:.0f} minutes in all for one process")
+
+
+def perform(experiment, settings, todo, argv):
+    """Do what the command line asks for; returns the exit code."""
+    if todo.plot:
+        plot(experiment, todo.plot, settings, todo.metric, todo.record)
+        return 0
+    name = todo.sweep or todo.list
+    quick_sweep = todo.quick and not name and "--width" not in argv
+    name = experiment.quick_figure if quick_sweep else name
+    runs = experiment.figures[name].runs(settings) if name else [settings]
+    for s in runs:
+        s.check()
+    if todo.list:
+        for s in runs:
+            print(f"{s.run_name()}: {Run(experiment, s).status()}")
+        print(f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done")
+        return 0
+    nn.use_device(settings.device)
+    if todo.dry_run:
+        dry_run(experiment, runs)
+        return 0
+    if name and settings.jobs > 1 and not todo.worker:
+        experiment.load(runs[0])  # what has to be downloaded or generated is so once, before the processes start
+        failed = sweep_in_processes(settings.jobs, sys.argv[0], argv)
+    elif name:
+        failed = sweep([Run(experiment, s) for s in runs], todo.worker)
+    else:
+        return train_one(Run(experiment, settings))
+    if quick_sweep and not failed and not todo.worker:
+        plot(experiment, name, settings, todo.metric, record=False)
+    return min(failed, 255)
+
+
+def train_one(run):
+    with run.lock() as mine:
+        if not mine:
+            raise UsageError(f"another process is training {run.folder}")
+        result = run.result() or run.train()
+    print(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
+          f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "
+          f"{result['epochs']} epochs in {result['seconds']:.0f} s")
+    return 1 if result["diverged"] else 0
+
+
+def main(experiment, argv=None):
+    """The command line of an experiment; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        settings, todo = parse(experiment, argv)
+        return perform(experiment, settings, todo, argv)
+    except (UsageError, data.DataError, RuntimeError) as error:
+        print(f"{experiment.script}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
