@@ -126,7 +126,7 @@ class Tensor:
     def accumulate(self, g):
         """Add g, an array that nothing else holds, to .grad."""
         assert g.shape == self.shape, f"gradient of shape {g.shape} for data of shape {self.shape}"
-        self.grad = g if self.grad is None else self.grad + g
+        self.grad = xp.asarray(g if self.grad is None else self.grad + g)  # NumPy's sum to shape () is no array
 
     # Operators and methods; the operations themselves are the functions below.
     def __add__(self, other): return add(self, other)
