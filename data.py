@@ -83,8 +83,8 @@ class Dataset:
 
     def standardized_by_pixel(self):
         """Each pixel by its own mean and deviation over the training images, constant pixels to 0 (Figure 8)."""
-        x = self.train_images.astype(np.float64) / 255
-        return self.standardized(x.mean(axis=0), x.std(axis=0))
+        x = self.train_images.astype(np.float64)  # of whole numbers: a constant pixel's deviation is exactly 0
+        return self.standardized(x.mean(axis=0) / 255, x.std(axis=0) / 255)
 
     def limited(self, count):
         """Only the first `count` training examples."""
@@ -215,7 +215,9 @@ def download(urls, path, verify):
     part = path.with_name(path.name + ".part")
     failures = []
     for url in urls:
-        for attempt in range(3):
+        in_vain = 0  # attempts that brought nothing; an attempt that was cut but brought something is free
+        while in_vain < 3:
+            before = size_of(part)
             try:
                 continued = fetch(url, part)
                 if verify_quietly(verify, part):
@@ -226,11 +228,19 @@ def download(urls, path, verify):
                 reason = "its contents have the wrong checksum"
                 if not continued:  # a whole file from this mirror is wrong, and would be again
                     break
-            except (OSError, urllib.error.URLError) as error:  # URLError is an OSError; both named for the reader
+                in_vain += 1
+            except OSError as error:  # urllib's errors are OSErrors too
                 reason = str(getattr(error, "reason", error))
+                if 400 <= getattr(error, "code", 0) < 500:  # the server knows that it has no such file
+                    break
+                in_vain += size_of(part) <= before
         failures.append(f"{url}: {reason}")
     raise DataError(f"{path.name} could not be downloaded ({'; '.join(failures)}); "
                     f"put the file into {path.parent} yourself")
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def verify_quietly(verify, path):
@@ -245,7 +255,7 @@ def fetch(url, part, timeout=20):
 
     Raises OSError when the connection ends before the announced length.
     """
-    have = part.stat().st_size if part.exists() else 0
+    have = size_of(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
@@ -255,6 +265,8 @@ def fetch(url, part, timeout=20):
         raise
     with response:
         continued = response.status == 206
+        if continued and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise OSError("the server sent another part of the file than was asked for")
         have = have if continued else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
@@ -264,8 +276,8 @@ def fetch(url, part, timeout=20):
             while block := response.read(1 << 16):
                 file.write(block)
                 bar.update(len(block))
-    if total is not None and part.stat().st_size != total:
-        raise OSError(f"the connection was cut after {part.stat().st_size:,} of {total:,} bytes")
+    if total is not None and size_of(part) != total:
+        raise OSError(f"the connection was cut after {size_of(part):,} of {total:,} bytes")
     return continued
 
 

@@ -34,7 +34,6 @@ import nn
 
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "results"
-SAVE_EVERY = 30.0  # seconds between checkpoints
 LOOK_EVERY = 0.5  # seconds between looks at loss and accuracy (on a GPU each look waits for it)
 
 
@@ -67,6 +66,7 @@ class Settings:
     out: str = setting("runs", "where runs are written", place=True)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "gpu"), place=True)
     jobs: int = setting(1, "processes of a sweep", least=1, place=True)
+    save_every: float = setting(30.0, "seconds between checkpoints", least=0, place=True)
     seeds: int = setting(0, "seeds of a sweep (0: as many as its figure shows)", least=0, place=True)
 
     ALWAYS_NAMED = ("seed",)  # other settings are in a run's name when they differ from their default
@@ -206,7 +206,7 @@ def versions():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         processor = names[0].split(":", 1)[1].strip() if names else processor
     return {"python": platform.python_version(), nn.xp.__name__: nn.xp.__version__, "code": code_version(),
-            "processor": processor, "cores": os.cpu_count()}
+            "device": "cpu" if nn.xp is np else "gpu", "processor": processor, "cores": os.cpu_count()}
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -297,8 +297,7 @@ class Run:
         if (self.folder / "checkpoint.npz").exists():
             progress = self.load_checkpoint(model, optimizer)
         else:
-            write_json(self.folder / "config.json", {"settings": s.identity(), "device": nn.use_device(s.device),
-                                                     "versions": versions()})
+            write_json(self.folder / "config.json", {"settings": s.identity(), "versions": versions()})
         steps = math.ceil(len(dataset.train_labels) / s.batch)
         diverged = False
         # A loss that overflows is noticed and recorded below; NumPy need not warn of it too.
@@ -307,7 +306,7 @@ class Run:
             saved = time.monotonic()
             while progress.epoch < s.epochs and not diverged:
                 diverged = not self.epoch(dataset, model, optimizer, schedule, progress, stopped, bar)
-                if not diverged and (time.monotonic() - saved > SAVE_EVERY or progress.epoch == s.epochs):
+                if not diverged and (time.monotonic() - saved >= s.save_every or progress.epoch == s.epochs):
                     self.save_checkpoint(model, optimizer, progress)
                     saved = time.monotonic()
         if diverged:
@@ -335,7 +334,7 @@ class Run:
                 if not progress.finite():
                     return False
                 bar.set_description(progress.description(s.epochs), refresh=False)
-                if stopped or now - saved > SAVE_EVERY:
+                if stopped or now - saved >= s.save_every:
                     progress.seconds += now - begin
                     begin = saved = now
                     self.save_checkpoint(model, optimizer, progress)
@@ -634,8 +633,8 @@ def record_of(name, figure, runs, results):
     keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
             "final_train_acc", "epochs", "seconds")
     rows = [{"data": s.data, "run": s.run_name(), **{k: r[k] for k in keep}} for s, r in zip(runs, results) if r]
-    made = next(r["config"] for r in results if r)
-    head = {"figure": name, "shows": figure.help, "device": made["device"], "versions": made["versions"]}
+    made = next(r["config"]["versions"] for r in results if r)
+    head = {"figure": name, "shows": figure.help, "versions": made}
     return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
 

@@ -1,0 +1,390 @@
+"""train.py and exp_mlp_mnist.py as they are used: runs, cuts and continuations, sweeps, figures, the command line."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import exp_mlp_mnist as mlp
+import nn
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = dict(os.environ, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A data folder in which the synthetic digits are drawn once for all tests."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def settings(folder, tmp_path):
+    """A run of a second or less."""
+    return mlp.Settings(data="synthetic", width=12, epochs=3, limit=600, data_dir=str(folder), out=str(tmp_path / "runs"))
+
+
+def trained(settings):
+    run = train.Run(mlp.EXPERIMENT, settings)
+    with run.lock() as mine:
+        assert mine
+        run.train(bar=False)
+    return run
+
+
+def script(settings, *words, name="exp_mlp_mnist.py"):
+    """The command for these settings."""
+    flags = [f"--{flag}={getattr(settings, flag.replace('-', '_'))}" for flag in
+             ("data", "width", "epochs", "limit", "data-dir", "out", "seed", "save-every", "lr")]
+    return [sys.executable, str(ROOT / name), *flags, *map(str, words)]
+
+
+def command(*words, expect=0, cwd=None):
+    """Run exp_mlp_mnist.py with these words; (output, errors)."""
+    done = subprocess.run([sys.executable, str(ROOT / "exp_mlp_mnist.py"), *map(str, words)], env=ENV, cwd=cwd,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def contents(run):
+    """All that a run leaves behind, times aside: (checkpoint arrays as bytes, log rows, result)."""
+    with np.load(run.folder / "checkpoint.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["progress.history"] = arrays["progress.history"][:, :-1]  # the last column is seconds
+    log = [row[:-1] for row in csv.reader(open(run.folder / "log.csv"))]
+    result = run.result()
+    del result["seconds"], result["config"]
+    return {name: a.tobytes() for name, a in arrays.items()}, log, result
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_leaves_its_whole_record(settings):
+    run = trained(settings)
+    assert sorted(p.name for p in run.folder.iterdir() if p.name != "lock") == [
+        "checkpoint.npz", "config.json", "log.csv", "result.json"]
+    result, config = run.result(), train.read_json(run.folder / "config.json")
+    assert result["weights"] == 3970 and result["connectivity"] == pytest.approx(3970 / (794 * 12))
+    assert [(layer["shape"], layer["kept"]) for layer in result["layers"]] == [([12, 784], 3850), ([10, 12], 120)]
+    assert result["epochs"] == 3 and not result["diverged"] and result["config"] == config
+    assert config["settings"] == settings.identity() and config["versions"]["numpy"] == np.__version__
+    rows = list(csv.DictReader(open(run.folder / "log.csv")))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3] and set(rows[0]) == set(train.COLUMNS)
+    accuracies = [float(row["test_acc"]) for row in rows]
+    assert result["best_test_acc"] == max(accuracies) and result["final_test_acc"] == accuracies[-1]
+    assert 0.2 < accuracies[-1] <= 1
+
+
+def test_recorded_accuracies_are_those_of_the_saved_network(settings):
+    run = trained(settings)
+    dataset, model, optimizer, _ = run.prepare()
+    run.load_checkpoint(model, optimizer)
+    x = dataset.test_images * dataset.scale + dataset.shift
+    logits = np.maximum(x.reshape(len(x), -1) @ model[1].weight.data.T + model[1].bias.data, 0)
+    logits = logits @ model[3].weight.data.T + model[3].bias.data
+    assert run.result()["final_test_acc"] == (logits.argmax(1) == dataset.test_labels).mean()
+
+
+def test_same_seed_same_bits_and_other_seeds_differ(settings, tmp_path):
+    one = contents(trained(settings))
+    two = contents(trained(replace(settings, out=str(tmp_path / "again"))))
+    other = contents(trained(replace(settings, seed=1)))
+    assert one == two
+    assert one[1] != other[1]
+
+
+def test_a_diverged_run_is_recorded(settings, capsys):
+    run = trained(replace(settings, lr=1e6))
+    result = run.result()
+    assert result["diverged"] and run.done() and result["epochs"] < 3
+    assert "the loss is no longer finite in epoch" in capsys.readouterr().out
+    assert "diverged in epoch" in run.status()
+
+
+def test_a_run_cut_at_any_epoch_boundary_goes_on_as_if_uncut(settings, tmp_path):
+    whole = contents(trained(settings))
+    cut = train.Run(mlp.EXPERIMENT, replace(settings, out=str(tmp_path / "cut"), save_every=0))
+    real, saves = cut.save_checkpoint, []
+
+    def save_and_die(*args):
+        real(*args)
+        saves.append(1)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        cut.save_checkpoint = save_and_die
+        with pytest.raises(KeyboardInterrupt), cut.lock():
+            cut.train(bar=False)
+        assert not cut.done()
+    cut.save_checkpoint = real
+    with cut.lock():
+        cut.train(bar=False)
+    assert len(saves) == 2 and contents(cut) == whole
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def cut_and_continued(settings, sent, code, delays):
+    """Start the command, kill it after each delay past its first checkpoint, then let it end; returns the run."""
+    run = train.Run(mlp.EXPERIMENT, settings)
+    for delay in delays:
+        process = subprocess.Popen(script(settings), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        before = (run.folder / "checkpoint.npz").stat().st_mtime_ns if (run.folder / "checkpoint.npz").exists() else 0
+        wait_for(lambda: process.poll() is not None or (run.folder / "checkpoint.npz").exists()
+                 and (run.folder / "checkpoint.npz").stat().st_mtime_ns > before)
+        time.sleep(delay)
+        process.send_signal(sent)
+        process.communicate()
+        assert process.returncode == code and not run.done()
+    subprocess.run(script(settings), env=ENV, check=True, capture_output=True)
+    return run
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_killed_command_goes_on_bit_for_bit(settings, tmp_path, sent, code):
+    settings = replace(settings, epochs=60, limit=2000, save_every=0.01)
+    uncut = replace(settings, out=str(tmp_path / "uncut"))
+    subprocess.run(script(uncut), env=ENV, check=True, capture_output=True)
+    run = cut_and_continued(settings, sent, code, (0.05, 0.21))
+    assert contents(run) == contents(train.Run(mlp.EXPERIMENT, uncut))
+
+
+def test_sigterm_saves_within_the_step(settings):
+    """Without any checkpoint before, the one written on SIGTERM lies inside an epoch and holds its sums."""
+    settings = replace(settings, epochs=1000, limit=20_000)
+    run = train.Run(mlp.EXPERIMENT, settings)
+    process = subprocess.Popen(script(settings), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (run.folder / "config.json").exists())
+    time.sleep(0.3)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    dataset, model, optimizer, _ = run.prepare()
+    progress = run.load_checkpoint(model, optimizer)
+    assert 0 < progress.step < 200 and progress.seen == 100 * progress.step and len(progress.history) == progress.epoch
+
+
+def test_running_again_does_nothing(settings):
+    run = trained(settings)
+    before = {p.name: p.stat().st_mtime_ns for p in run.folder.iterdir() if p.name != "lock"}
+    subprocess.run(script(settings), env=ENV, check=True, capture_output=True)
+    assert before == {p.name: p.stat().st_mtime_ns for p in run.folder.iterdir() if p.name != "lock"}
+
+
+def test_a_wrong_checkpoint_is_refused(settings):
+    run = trained(settings)
+    (run.folder / "result.json").unlink()
+    saved = (run.folder / "checkpoint.npz").read_bytes()
+    (run.folder / "checkpoint.npz").write_bytes(saved[: len(saved) // 2])
+    with pytest.raises(train.UsageError, match="checkpoint.npz is damaged"):
+        run.train(bar=False)
+    (run.folder / "checkpoint.npz").write_bytes(saved)
+    other = train.Run(mlp.EXPERIMENT, replace(settings, lr=0.2))
+    other.folder = run.folder
+    with pytest.raises(train.UsageError, match="other settings: lr 0.1 instead of 0.2"):
+        other.train(bar=False)
+    other = train.Run(mlp.EXPERIMENT, replace(settings, width=13))
+    other.folder = run.folder
+    with pytest.raises(train.UsageError, match=r"has shape \(12, 784\) instead of \(13, 784\)"):
+        other.train(bar=False)
+
+
+def test_write_whole_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    train.write_whole(path, "old")
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *args: (_ for _ in ()).throw(OSError("no space")))
+            with pytest.raises(OSError, match="no space"):
+                train.write_whole(path, "new")
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    train.write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def test_every_setting_that_matters_is_in_the_name(settings):
+    changes = dict(data="mnist", width=13, base_width=6, dense=True, last=0.5, how="proportional", activation="linear",
+                   bias=False, ntk=True, pixelwise=True, epochs=4, seed=1, limit=601, held_out=5, batch=7, lr=0.2)
+    assert set(changes) == set(settings.identity())
+    folders = [train.Run(mlp.EXPERIMENT, replace(settings, **{k: v})).folder for k, v in changes.items()]
+    folders.append(train.Run(mlp.EXPERIMENT, settings).folder)
+    assert len(set(folders)) == len(folders)
+    for place in (dict(data_dir="x"), dict(jobs=3), dict(device="cpu"), dict(seeds=9), dict(save_every=1)):
+        assert train.Run(mlp.EXPERIMENT, replace(settings, **place)).folder == folders[-1]
+
+
+def test_the_printed_command_leads_to_the_same_run(settings):
+    s = replace(settings, activation="linear", bias=False, ntk=True, last=0.5, lr=0.25, dense=False)
+    again, _ = train.parse(mlp.EXPERIMENT, s.command("exp_mlp_mnist.py").split()[2:])
+    assert again.identity() == s.identity()
+
+
+def test_figures_have_the_papers_runs():
+    s = mlp.Settings()
+    cells = {(r.activation, r.width, r.last) for r in mlp.fig5_runs(s)}
+    assert len(cells) == len(mlp.fig5_runs(s)) == 134
+    assert ("relu", 5, 1.0) in cells and ("relu", 5, 0.9) not in cells
+    assert ("linear", 640, 0.6) in cells and ("linear", 640, 0.7) not in cells
+    assert len(mlp.fig5_runs(replace(s, seeds=3))) == 3 * 134
+    for run in mlp.fig5_runs(s):
+        run.check()
+        assert sum(run.kept) == 3970
+    runs = mlp.fig8_runs(s)
+    assert len(runs) == 13 * 10 and {r.seed for r in runs} == set(range(10))
+    for run in runs:
+        run.check()
+        assert run.limit == 2048 and run.batch == 256 and run.epochs == 300 and run.ntk and not run.bias
+        assert run.budget == (794 * run.width if run.dense else 6352)
+    assert all(run.held_out and run.limit == 2048 for run in mlp.fig8_lr_runs(s))
+
+
+def test_tuned_learning_rates_are_those_of_the_record():
+    runs = mlp.fig8_lr_runs(mlp.Settings())
+    results, source = train.collect(mlp.EXPERIMENT, "fig8_lr", [replace(r, out="nowhere") for r in runs])
+    assert source.startswith("results") and all(results)
+    assert mlp.tuned(train.points(runs, results)) == mlp.FIG8_LR
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+
+
+def fake_figure(count):
+    return train.Figure("test", lambda s: [replace(s, seed=i) for i in range(count)], mlp.width_draw)
+
+
+def test_two_sweeps_at_once_train_every_run_once(settings, folder):
+    flags = ["--data", "synthetic", "--data-dir", folder, "--out", settings.out, "--limit", 300, "--epochs", 2,
+             "--seeds", 2, "--sweep", "width"]
+    mlp.load(settings)
+    words = [sys.executable, str(ROOT / "exp_mlp_mnist.py"), *map(str, flags)]
+    starts = [subprocess.Popen(words + jobs, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+              for jobs in ([], ["--jobs", "2"])]
+    outputs = [p.communicate(timeout=120) for p in starts]
+    assert [p.returncode for p in starts] == [0, 0], outputs
+    names = re.findall(r"\[\d+/26\] (\S+): test", outputs[0][0] + outputs[1][0])
+    runs = [train.Run(mlp.EXPERIMENT, s) for s in mlp.width_runs(replace(settings, limit=300, epochs=2, seeds=2))]
+    assert sorted(names) == sorted(run.settings.run_name() for run in runs) and len(set(names)) == 26
+    assert all(run.done() for run in runs)
+
+
+def test_a_run_that_is_being_trained_is_refused_and_a_dead_holder_is_not(settings):
+    run = train.Run(mlp.EXPERIMENT, settings)
+    with run.lock() as mine:
+        assert mine
+        out, errors = command(*script(settings)[2:], expect=2)
+        assert "another process is training" in errors and len(errors.splitlines()) == 1
+    assert (run.folder / "lock").exists()  # left behind, but held by nobody
+    trained(settings)
+
+
+def test_a_failed_run_does_not_stop_the_sweep(settings, capsys):
+    runs = [train.Run(mlp.EXPERIMENT, replace(settings, seed=i)) for i in range(3)]
+    runs[1].folder.mkdir(parents=True)
+    (runs[1].folder / "checkpoint.npz").write_bytes(b"nonsense")
+    assert train.sweep(runs, worker=True) == 1
+    assert [run.done() for run in runs] == [True, False, True]
+    assert "checkpoint.npz is damaged" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--width", "0"], "--width must be a number of at least 1, not 0"),
+    (["--width", "nine"], "argument --width: invalid int value: 'nine'"),
+    (["--width", "4"], "width 4 cannot keep the weights of the wider base 5"),
+    (["--lr", "-1"], "--lr must be a number of at least 0, not -1.0"),
+    (["--lr", "nan"], "--lr must be a number of at least 0, not nan"),
+    (["--data", "imagenot"], "--data is one of mnist, synthetic, not imagenot"),
+    (["--last", "1.5"], "--last is a fraction of at most 1, not 1.5"),
+    (["--last", "0.5", "--width", "5"], "leaves 3,945 of 3,970 weights to a first layer of 3,920"),
+    (["--sweep", "fig99"], "there is no figure 'fig99'; there are"),
+    (["--list", "fig5", "--plot", "fig5"], "only one of --sweep, --list and --plot"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["--data", "mnist", "--data-dir", "/dev/null"], "/dev/null"),
+    (["--device", "gpu"], "a GPU was asked for"),
+    (["--limit", "20001", "--data", "synthetic"], "has 20,000 training images, so a limit of 20,001"),
+])
+def test_mistakes_get_one_sentence(words, says, folder, tmp_path):
+    if "gpu" in words and nn.use_device("auto") == "gpu":
+        pytest.skip("there is a GPU")
+    if "--data-dir" not in words:
+        words = words + ["--data-dir", folder]
+    done = subprocess.run([sys.executable, str(ROOT / "exp_mlp_mnist.py"), *map(str, words), "--out", str(tmp_path)],
+                          env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (1, 2) and says in done.stderr, done
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    assert done.returncode == (1 if "/dev/null" in words else 2)
+
+
+def test_help_and_dry_run(settings, tmp_path):
+    out, _ = command("--help")
+    assert "--last-connectivity" not in out and "--base-width" in out and "fig5" in out
+    words = script(settings)[2:]
+    out, _ = command(*words, "--dry-run")
+    assert "3,970 weights in all" in out and "MB of disk" in out
+    assert not Path(settings.out).exists()
+
+
+def test_list_plot_and_record(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RECORDS", tmp_path / "results")
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--limit", "300",
+             "--epochs", "1", "--seeds", "1"]
+    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "width"]) == 2
+    assert "none of the 13 runs of width is done" in capsys.readouterr().err
+    assert train.main(mlp.EXPERIMENT, [*words, "--sweep", "width"]) == 0
+    capsys.readouterr()
+    assert train.main(mlp.EXPERIMENT, [*words, "--list", "width"]) == 0
+    assert "13 of 13 runs are done" in capsys.readouterr().out
+    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "width", "--record"]) == 0
+    drawn = capsys.readouterr().out
+    picture = tmp_path / "results" / "mlp_mnist_width.png"
+    assert picture.stat().st_size > 10_000
+    record = json.loads(picture.with_suffix(".json").read_text())
+    assert len(record["runs"]) == 13 and record["versions"]["numpy"] == np.__version__
+    # the same table comes from the record when the runs themselves are gone
+    assert train.main(mlp.EXPERIMENT, [*words[:4], "--out", str(tmp_path / "none"), *words[6:], "--plot", "width"]) == 0
+    again = capsys.readouterr().out
+    assert "results/mlp_mnist_width.json" in again
+    assert drawn.split("\n\n")[0] == again.split("\n\n")[0]
+
+
+def test_partial_figures_say_what_is_missing(settings, capsys):
+    for s in mlp.fig5_runs(replace(settings, epochs=1))[:12]:
+        trained(s)
+    words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--limit", "600",
+             "--epochs", "1", "--plot", "fig5"]
+    assert train.main(mlp.EXPERIMENT, words) == 0
+    out = capsys.readouterr().out
+    assert "12 of 134 runs are done" in out and out.count("missing") == 122 and "ReLU: best" in out
+
+
+def test_points_and_their_statistics():
+    s = mlp.Settings()
+    runs = [replace(s, width=w, seed=i) for w in (10, 20) for i in range(3)]
+    results = [{"diverged": i == 5, "best_test_acc": 0.9 + 0.01 * (i % 3)} for i in range(6)]
+    results[1] = None
+    ten, twenty = train.points(runs, results)
+    assert ten.values("best_test_acc") == [0.9, 0.92] and len(twenty.results) == 3
+    assert ten.mean("best_test_acc") == pytest.approx(0.91) and ten.std("best_test_acc") == pytest.approx(0.01 * 2**0.5)
+    assert twenty.mean("best_test_acc") == pytest.approx(0.905)
