@@ -116,7 +116,7 @@ def fig5_paper(s):
 
 
 def fig5_draw(points, metric):
-    """Heat maps over width and last-layer connectivity, the best cell starred, impossible cells white."""
+    """Heat maps over width and last-layer connectivity, the best cell starred, impossible cells empty."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -131,6 +131,8 @@ def fig5_draw(points, metric):
         grid = np.array([[values.get((activation, w, c), np.nan) for w in FIG5_WIDTHS] for c in FIG5_LAST])
         image = ax.imshow(grid, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
         for (row, column), value in np.ndenumerate(grid):
+            if (activation, FIG5_WIDTHS[column], FIG5_LAST[row]) in values and not np.isfinite(value):
+                ax.text(column, row, "missing", ha="center", va="center", fontsize=7, color="gray")
             if np.isfinite(value):
                 ax.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
                         color="black" if value > (low + high) / 2 else "white")
@@ -238,7 +240,8 @@ def lines_draw(points, metric, title):
     ax.set(xlabel="width (hidden units)", ylabel=f"{metric} test accuracy, %")
     ax.grid(alpha=0.3)
     ax.legend()
-    ax.set_title(f"{title}\n{shown(points, metric)}; bars: standard deviation", fontsize=10)
+    bars = "; bars: standard deviation" if any(len(p.results) > 1 for p in points) else ""
+    ax.set_title(f"{title}\n{shown(points, metric)}{bars}", fontsize=10)
     return figure, summary
 
 
@@ -294,7 +297,7 @@ EXPERIMENT = train.Experiment(
         "fig8_lr": train.Figure("learning rates for fig8, chosen on held-out training images", fig8_lr_runs,
                                 fig8_lr_draw),
     },
-    quick=dict(epochs=30, seeds=1),
+    quick=dict(epochs=30, seeds=1, jobs=2),
     quick_help="30 epochs; without --width the figure `width`, trained and drawn",
     quick_figure="width",
 )

@@ -48,6 +48,13 @@ def to_host(array):
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+def gather(array, rows, out):
+    """array[rows] written into out; rows must be valid indices."""
+    if xp is np:
+        return array.take(rows, axis=0, out=out, mode="clip")  # clip: no bounds check and no hidden copy
+    return array.take(rows, axis=0, out=out)
+
+
 def generator(seed, *key):
     """A NumPy generator for one purpose, independent of all others: generator(0, "mask", 3).
 
@@ -209,7 +216,8 @@ def operands(x, y):
 
 
 # ---------------------------------------------------------------------------------------------- operations
-# Each returns a Tensor; g is the gradient of the loss with respect to it.
+# Each returns a Tensor; g is the gradient of the loss with respect to it. In this module `sum` and `max` are the
+# operations below, not Python's.
 
 
 def add(x, y):
@@ -477,7 +485,7 @@ class Parameter(Tensor):
             starts = np.searchsorted(rows, np.arange(self.shape[0] + 1))
             self._csr = csr_array((np.zeros(len(kept), self.dtype), columns, starts), self.shape), kept
         matrix, kept = self._csr
-        self.data.reshape(-1).take(kept, out=matrix.data, mode="clip")  # clip: no bounds check, no hidden copy
+        gather(self.data.reshape(-1), kept, out=matrix.data)
         return matrix
 
 
@@ -590,7 +598,8 @@ class Linear(Layer):
     def reset(self, rng, density=1.0):
         super().reset(rng, density)
         if self.ntk:
-            self.weight.data[...] = xp.asarray(rng.normal(0, density**-0.5, self.weight.shape).astype(self.weight.dtype))
+            w = self.weight
+            w.data[...] = xp.asarray(rng.normal(0, density**-0.5, w.shape).astype(w.dtype))
 
     def forward(self, x):
         y = linear(x, self.weight, self.bias)

@@ -137,9 +137,11 @@ def parse(experiment, argv):
             group.add_argument(flag, action=action, default=default, help=help)
         else:
             group.add_argument(flag, type=kind, default=default, help=help, metavar=kind.__name__[0].upper())
-    if "--quick" in argv:
+    given = {word.split("=")[0] for word in argv}
+    if "--quick" in given:
         parser.set_defaults(**experiment.quick)
     todo = parser.parse_args(argv)
+    todo.quick_figure = todo.quick and not given & {"--width", "--sweep", "--list", "--plot"}
     settings = experiment.settings(**{f.name: vars(todo).pop(f.name) for f in fields(experiment.settings)})
     settings.check()
     asked = [name for name in (todo.sweep, todo.list, todo.plot) if name]
@@ -192,8 +194,9 @@ def read_json(path):
 def code_version():
     """A hash of the project's modules and, in a git checkout, the commit."""
     content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()[:12]
+    ask = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = subprocess.run(ask, capture_output=True, text=True)
     except OSError:
         return content
     return f"{content} on commit {commit.stdout.strip()}" if commit.returncode == 0 else content
@@ -293,40 +296,34 @@ class Run:
         """
         s = self.settings
         dataset, model, optimizer, schedule = self.prepare()
-        progress = Progress()
         if (self.folder / "checkpoint.npz").exists():
             progress = self.load_checkpoint(model, optimizer)
         else:
+            progress = Progress()
             write_json(self.folder / "config.json", {"settings": s.identity(), "versions": versions()})
         steps = math.ceil(len(dataset.train_labels) / s.batch)
-        diverged = False
-        # A loss that overflows is noticed and recorded below; NumPy need not warn of it too.
-        with np.errstate(over="ignore", invalid="ignore"), stop_signal() as stopped, tqdm(total=s.epochs * steps, initial=progress.epoch * steps + progress.step,
-                                            disable=None if bar else True, unit="step", mininterval=0.5) as bar:
-            saved = time.monotonic()
-            while progress.epoch < s.epochs and not diverged:
-                diverged = not self.epoch(dataset, model, optimizer, schedule, progress, stopped, bar)
-                if not diverged and (time.monotonic() - saved >= s.save_every or progress.epoch == s.epochs):
+        bar = tqdm(total=s.epochs * steps, initial=progress.epoch * steps + progress.step, unit="step",
+                   disable=None if bar else True, mininterval=0.5)
+        finite, self.saved = True, time.monotonic()
+        # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
+        with bar, stop_signal() as stopped, np.errstate(over="ignore", invalid="ignore"):
+            while finite and progress.epoch < s.epochs:
+                finite = self.epoch(dataset, model, optimizer, schedule(progress.epoch), progress, stopped, bar)
+                if finite and (self.save_is_due() or progress.epoch == s.epochs):
                     self.save_checkpoint(model, optimizer, progress)
-                    saved = time.monotonic()
-        if diverged:
+        if not finite:
             self.write_log(progress)
             print(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; recorded as diverged")
-        return self.write_result(model, progress, diverged)
+        return self.write_result(model, progress, diverged=not finite)
 
-    def epoch(self, dataset, model, optimizer, schedule, progress, stopped, bar):
+    def epoch(self, dataset, model, optimizer, lr, progress, stopped, bar):
         """Train to the end of the epoch at hand and evaluate; False if the loss is not finite."""
         s = self.settings
-        begin = looked = saved = time.monotonic()
-        optimizer.lr = schedule(progress.epoch)
+        begin = looked = time.monotonic()
+        optimizer.lr = lr
         model.train()
         for x, labels in dataset.train_batches(s.batch, s.seed, progress.epoch, progress.step):
-            logits = model(nn.Tensor(x))
-            loss = nn.cross_entropy(logits, labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.add(loss.data, logits.data, labels)
+            progress.add(*train_step(model, optimizer, x, labels), labels)
             bar.update()
             now = time.monotonic()
             if stopped or now - looked > LOOK_EVERY:
@@ -334,9 +331,9 @@ class Run:
                 if not progress.finite():
                     return False
                 bar.set_description(progress.description(s.epochs), refresh=False)
-                if stopped or now - saved >= s.save_every:
+                if stopped or self.save_is_due():
                     progress.seconds += now - begin
-                    begin = saved = now
+                    begin = now
                     self.save_checkpoint(model, optimizer, progress)
                 if stopped:
                     raise SystemExit(128 + stopped[0])
@@ -345,8 +342,11 @@ class Run:
         bar.set_description(progress.description(s.epochs), refresh=False)
         test_loss, test_acc = evaluate(model, dataset.test_batches(1000))
         progress.seconds += time.monotonic() - begin
-        progress.end_epoch(optimizer.lr, test_loss, test_acc)
+        progress.end_epoch(lr, test_loss, test_acc)
         return True
+
+    def save_is_due(self):
+        return time.monotonic() - self.saved >= self.settings.save_every
 
     def save_checkpoint(self, model, optimizer, progress):
         """checkpoint.npz with all that a bit-identical continuation needs, then log.csv."""
@@ -358,6 +358,7 @@ class Run:
         np.savez(buffer, **arrays)
         write_whole(self.folder / "checkpoint.npz", buffer.getbuffer())
         self.write_log(progress)
+        self.saved = time.monotonic()
 
     def load_checkpoint(self, model, optimizer):
         """Put the state of checkpoint.npz into model and optimizer; returns the Progress."""
@@ -441,6 +442,16 @@ class Progress:
         self.loss_sum, self.correct, self.seconds = 0.0, 0, 0.0
 
 
+def train_step(model, optimizer, x, labels):
+    """One step of SGD on a batch; (loss, logits) as arrays."""
+    logits = model(nn.Tensor(x))
+    loss = nn.cross_entropy(logits, labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.data, logits.data
+
+
 def evaluate(model, batches):
     """(mean loss, accuracy) in evaluation mode."""
     model.eval()
@@ -488,11 +499,7 @@ def estimate(run, steps=20):
     timed = []
     for x, labels in dataset.train_batches(s.batch, s.seed, 0):
         begin = time.perf_counter()
-        logits = model(nn.Tensor(x))
-        nn.cross_entropy(logits, labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        Progress().add(logits.data.sum(), logits.data, labels)
+        Progress().add(*train_step(model, optimizer, x, labels), labels)
         timed.append(time.perf_counter() - begin)
         if len(timed) == steps:
             break
@@ -619,13 +626,15 @@ def percent(fraction):
 
 
 def table(figure, points, metric, script):
-    """Lines "paper / ours (mean, deviation, seeds) / command", one a point."""
-    yield f"{'paper':>14}  {f'ours: {metric} test accuracy':28}  command (one seed)"
+    """Lines "paper / ours (mean, deviation, seeds) / command" of the points that are done or that the paper states."""
+    yield f"{'paper':>12}  {f'ours: {metric} test accuracy':30}  command of the first seed"
     for p in points:
         ours = f"{percent(p.mean(f'{metric}_test_acc'))} ± {100 * p.std(f'{metric}_test_acc'):.2f} ({len(p.results)})"
         diverged = sum(r["diverged"] for r in p.results)
-        ours = ("missing" if not p.results else ours) + (f", {diverged} diverged" if diverged else "")
-        yield f"{figure.paper(p.settings) or '-':>14}  {ours:28}  {p.settings.command(script)}"
+        ours = (ours if p.results else "missing") + (f", {diverged} diverged" if diverged else "")
+        stated = figure.paper(p.settings)
+        if p.results or stated:
+            yield f"{stated or '-':>12}  {ours:30}  {p.settings.command(script)}"
 
 
 def record_of(name, figure, runs, results):
@@ -696,9 +705,7 @@ def perform(experiment, settings, todo, argv):
     if todo.plot:
         plot(experiment, todo.plot, settings, todo.metric, todo.record)
         return 0
-    name = todo.sweep or todo.list
-    quick_sweep = todo.quick and not name and "--width" not in argv
-    name = experiment.quick_figure if quick_sweep else name
+    name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list
     runs = experiment.figures[name].runs(settings) if name else [settings]
     for s in runs:
         s.check()
@@ -715,12 +722,12 @@ def perform(experiment, settings, todo, argv):
         experiment.load(runs[0])  # what has to be downloaded or generated is so once, before the processes start
         failed = sweep_in_processes(settings.jobs, sys.argv[0], argv)
     elif name:
-        failed = sweep([Run(experiment, s) for s in runs], todo.worker)
+        failed = 1 if sweep([Run(experiment, s) for s in runs], todo.worker) else 0
     else:
         return train_one(Run(experiment, settings))
-    if quick_sweep and not failed and not todo.worker:
+    if todo.quick_figure and not failed and not todo.worker:
         plot(experiment, name, settings, todo.metric, record=False)
-    return min(failed, 255)
+    return failed
 
 
 def train_one(run):
@@ -746,3 +753,5 @@ def main(experiment, argv=None):
     except OSError as error:
         print(f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # outside of training, where nothing is lost
+        return 130

@@ -201,7 +201,8 @@ def test_absent_mnist_is_downloaded_from_the_next_mirror(tmp_path, monkeypatch):
         part.write_bytes(gzip.compress(FILES[url.rsplit("/", 1)[1].removesuffix(".gz")]))
 
     monkeypatch.setattr(data, "fetch", fetch)
-    monkeypatch.setattr(data, "MNIST_FILES", {name: hashlib.md5(content).hexdigest() for name, content in FILES.items()})
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in FILES.items()}
+    monkeypatch.setattr(data, "MNIST_FILES", sums)
     dataset = data.mnist(tmp_path, mirrors=("http://bad.example/", "http://good.example/"))
     assert len(dataset.train_labels) == 20 and sum("good.example" in url for url in fetched) == 4
     fetched.clear()
