@@ -91,15 +91,19 @@ class Settings:
                   if not f.metadata["place"] and getattr(self, f.name) != f.default and f.name != "data"}
         return ",".join(f"{name}={value}" for name, value in shown.items())
 
-    def command(self, script):
-        """The command that trains exactly this."""
-        words = ["python", script]
+    def flags(self, always=(), places=()):
+        """The command line words of what differs from its default, of `always`, and of these places if they differ."""
+        words = []
         for f in fields(self):
             value, flag = getattr(self, f.name), f.name.replace("_", "-")
-            if not f.metadata["place"] and (value != f.default or f.name in self.ALWAYS_NAMED):
+            if f.name in always or value != f.default and (not f.metadata["place"] or f.name in places):
                 words += ([f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool)
                           else [f"--{flag}", f"{value}"])
-        return " ".join(words)
+        return words
+
+    def command(self, script):
+        """The command that trains exactly this."""
+        return " ".join(["python", script, *self.flags(always=self.ALWAYS_NAMED)])
 
 
 class Parser(argparse.ArgumentParser):
@@ -637,20 +641,29 @@ def table(figure, points, metric, script):
             yield f"{stated or '-':>12}  {ours:30}  {p.settings.command(script)}"
 
 
-def record_of(name, figure, runs, results):
+def plot_command(experiment, name, settings):
+    return " ".join(["python", experiment.script, "--plot", name, *settings.flags(places=("seeds",))])
+
+
+def record_of(experiment, name, settings, runs, results):
     """The small record of a figure: what was trained and what came out, one line a run."""
     keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
             "final_train_acc", "epochs", "seconds")
     rows = [{"data": s.data, "run": s.run_name(), **{k: r[k] for k in keep}} for s, r in zip(runs, results) if r]
     made = next(r["config"]["versions"] for r in results if r)
-    head = {"figure": name, "shows": figure.help, "versions": made}
+    head = {"figure": name, "shows": experiment.figures[name].help, "versions": made,
+            "command": plot_command(experiment, name, settings)}
     return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
+
+
+def record_path(experiment, name):
+    return RECORDS / f"{experiment.name}_{name}.json"
 
 
 def collect(experiment, name, runs):
     """(results in the order of runs, where they come from): from OUT, or if it has none of them from results/."""
     results = [Run(experiment, s).result() for s in runs]
-    record = RECORDS / f"{experiment.name}_{name}.json"
+    record = record_path(experiment, name)
     if any(results) or not record.exists():
         return results, f"{runs[0].out}/"
     recorded = {(row["data"], row["run"]): row for row in read_json(record)["runs"]}
@@ -664,7 +677,9 @@ def plot(experiment, name, settings, metric, record):
     results, source = collect(experiment, name, runs)
     missing = sum(r is None for r in results)
     if missing == len(runs):
-        raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}")
+        recorded = read_json(record_path(experiment, name))
+        hint = f", or draw the recorded ones: {recorded['command']}" if recorded else ""
+        raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}{hint}")
     grouped = points(runs, results)
     picture, summary = figure.draw(grouped, metric)
     print(*table(figure, grouped, metric, experiment.script), sep="\n")
@@ -675,7 +690,7 @@ def plot(experiment, name, settings, metric, record):
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=150)
     if record and not source.startswith(RECORDS.name):
-        write_whole(path.with_suffix(".json"), record_of(name, figure, runs, results))
+        write_whole(record_path(experiment, name), record_of(experiment, name, settings, runs, results))
     print(f"drawn to {path}")
 
 

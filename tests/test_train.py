@@ -368,6 +368,11 @@ def test_list_plot_and_record(settings, tmp_path, monkeypatch, capsys):
     again = capsys.readouterr().out
     assert "results/mlp_mnist_width.json" in again
     assert drawn.split("\n\n")[0] == again.split("\n\n")[0]
+    # with other settings the recorded ones are pointed to
+    assert record["command"].startswith("python exp_mlp_mnist.py --plot width --data synthetic --epochs 1 --limit 300")
+    other = ["--data", "synthetic", "--plot", "width", "--out", str(tmp_path / "none")]
+    assert train.main(mlp.EXPERIMENT, other) == 2
+    assert record["command"] in capsys.readouterr().err
 
 
 def test_partial_figures_say_what_is_missing(settings, capsys):
