@@ -588,14 +588,16 @@ def sweep_in_processes(jobs, script, argv):
 class Figure:
     """A figure of the paper, or one of our own.
 
-    runs(settings) -> the Settings of every run it shows; draw(points, metric, axes title) -> (matplotlib Figure,
-    [lines that sum it up]); paper(settings) -> what the paper says of these settings (None: nothing).
+    runs(settings) -> the Settings of every run it shows; draw(points, metric) -> (matplotlib Figure, [lines that
+    sum it up]); paper(settings) -> what the paper says of these settings (None: nothing); compute(settings) -> what
+    it shows beside runs, as a dict that draw gets as a third argument: kept in OUT and in the record.
     """
 
     help: str
     runs: typing.Callable
     draw: typing.Callable
     paper: typing.Callable = lambda settings: None
+    compute: typing.Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -645,14 +647,14 @@ def plot_command(experiment, name, settings):
     return " ".join(["python", experiment.script, "--plot", name, *settings.flags(places=("seeds",))])
 
 
-def record_of(experiment, name, settings, runs, results):
-    """The small record of a figure: what was trained and what came out, one line a run."""
+def record_of(experiment, name, settings, runs, results, computed):
+    """The small record of a figure: what was trained and what came out, one line a run; what was computed besides."""
     keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
             "final_train_acc", "epochs", "seconds")
     rows = [{"data": s.data, "run": s.run_name(), **{k: r[k] for k in keep}} for s, r in zip(runs, results) if r]
     made = next(r["config"]["versions"] for r in results if r)
     head = {"figure": name, "shows": experiment.figures[name].help, "versions": made,
-            "command": plot_command(experiment, name, settings)}
+            "command": plot_command(experiment, name, settings)} | ({"computed": computed} if computed else {})
     return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
 
@@ -670,6 +672,18 @@ def collect(experiment, name, runs):
     return [recorded.get((s.data, s.run_name())) for s in runs], str(record.relative_to(ROOT))
 
 
+def computed_for(experiment, name, settings, source):
+    """What the figure shows beside runs: from the record if its runs are, from OUT if it is there, else computed."""
+    if source.startswith(RECORDS.name):
+        return read_json(record_path(experiment, name))["computed"]
+    path = Path(settings.out, experiment.name, settings.data, f"{name}.json")
+    computed = read_json(path)
+    if computed is None:
+        computed = experiment.figures[name].compute(settings)
+        write_json(path, computed)
+    return computed
+
+
 def plot(experiment, name, settings, metric, record):
     """Draw a figure from what is done, print its table, and say what is missing."""
     figure = experiment.figures[name]
@@ -681,7 +695,8 @@ def plot(experiment, name, settings, metric, record):
         hint = f", or draw the recorded ones: {recorded['command']}" if recorded else ""
         raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}{hint}")
     grouped = points(runs, results)
-    picture, summary = figure.draw(grouped, metric)
+    computed = [computed_for(experiment, name, settings, source)] if figure.compute else []
+    picture, summary = figure.draw(grouped, metric, *computed)
     print(*table(figure, grouped, metric, experiment.script), sep="\n")
     print(f"\n{name}: {figure.help}", *summary, sep="\n")
     print(f"{len(runs) - missing} of {len(runs)} runs are done ({source})"
@@ -690,7 +705,7 @@ def plot(experiment, name, settings, metric, record):
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=150)
     if record and not source.startswith(RECORDS.name):
-        write_whole(record_path(experiment, name), record_of(experiment, name, settings, runs, results))
+        write_whole(record_path(experiment, name), record_of(experiment, name, settings, runs, results, *computed or [None]))
     print(f"drawn to {path}")
 
 

@@ -268,10 +268,6 @@ def test_tuned_learning_rates_are_those_of_the_record():
 # ---------------------------------------------------------------------------------------------- sweeps
 
 
-def fake_figure(count):
-    return train.Figure("test", lambda s: [replace(s, seed=i) for i in range(count)], mlp.width_draw)
-
-
 def test_two_sweeps_at_once_train_every_run_once(settings, folder):
     flags = ["--data", "synthetic", "--data-dir", folder, "--out", settings.out, "--limit", 300, "--epochs", 2,
              "--seeds", 2, "--sweep", "width"]
@@ -383,6 +379,30 @@ def test_partial_figures_say_what_is_missing(settings, capsys):
     assert train.main(mlp.EXPERIMENT, words) == 0
     out = capsys.readouterr().out
     assert "12 of 134 runs are done" in out and out.count("python exp_mlp_mnist.py") == 12 and "ReLU: best" in out
+
+
+def test_what_a_figure_computes_is_kept_and_recorded(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RECORDS", tmp_path / "results")
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    computed = []
+
+    def compute(s):
+        computed.append(s.data)
+        return {"answer": 42}
+
+    def draw(points, metric, numbers):
+        picture, _ = mlp.width_draw(points, metric)
+        return picture, [f"the answer is {numbers['answer']}"]
+
+    figure = train.Figure("test", lambda s: [s], draw, compute=compute)
+    experiment = replace(mlp.EXPERIMENT, figures={"test": figure})
+    trained(settings)
+    words = script(settings)[2:] + ["--plot", "test"]
+    for extra in ([], ["--record"], ["--out", str(tmp_path / "none")]):  # computed, kept in OUT, from the record
+        assert train.main(experiment, words + extra) == 0
+        assert "the answer is 42" in capsys.readouterr().out
+    assert computed == ["synthetic"]
+    assert train.read_json(tmp_path / "results" / "mlp_mnist_test.json")["computed"] == {"answer": 42}
 
 
 def test_points_and_their_statistics():
