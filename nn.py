@@ -2,7 +2,7 @@
 
 Everything that the experiments of "Are wider nets better given the same number of parameters?"
 (Golubeva, Neyshabur, Gur-Ari, ICLR 2021, arXiv 2010.14495) need of a deep-learning framework, in reading
-order: arrays, Tensor, operations, layers, masks (Section 2 and Appendix B of the paper), optimiser.
+order: arrays, Tensor, operations, layers, masks (Appendix B of the paper), optimiser.
 
     model = Sequential(Flatten(), Linear(784, 80), ReLU(), Linear(80, 10))
     sparsify(model, budget=3970, seed=0)              # 3,970 of 63,520 weights stay, the others are zero for good
@@ -585,7 +585,7 @@ class Layer(Module):
 class Linear(Layer):
     """y = x w^T + b for x (..., in_features); weight (out_features, in_features), bias (out_features,) or None.
 
-    ntk: the NTK parameterisation of the paper's Section 4, y = (x w^T + b) / sqrt(in_features) with w from
+    ntk: the NTK parameterisation (Figure 8 of the paper), y = (x w^T + b) / sqrt(in_features) with w from
     N(0, 1/density): learning rate and kernel keep their scale as the width grows.
     """
 

@@ -405,6 +405,26 @@ def test_what_a_figure_computes_is_kept_and_recorded(settings, tmp_path, monkeyp
     assert train.read_json(tmp_path / "results" / "mlp_mnist_test.json")["computed"] == {"answer": 42}
 
 
+def test_figure_8b_from_training_to_picture(settings, monkeypatch, capsys):
+    """The whole figure at a small size: theory and measurement agree, and the summary names the minima."""
+    monkeypatch.setattr(mlp, "KERNEL_WIDTHS", mlp.FIG8_WIDTHS)
+    monkeypatch.setattr(mlp, "KERNEL_PAIRS", 12)
+    words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--epochs", "1",
+             "--seeds", "1"]
+    assert train.main(mlp.EXPERIMENT, [*words, "--sweep", "fig8b"]) == 0
+    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "fig8b"]) == 0
+    out = capsys.readouterr().out
+    assert "exact (Theorem 1): least at width" in out and "rank correlation" in out
+    computed = train.read_json(Path(settings.out, "mlp_mnist", "synthetic", "fig8b.json"))
+    assert computed["densities"][0] == 1 and computed["densities"][-1] == pytest.approx(2 / (784 * 635))
+    exact, measured = (np.array(computed[name])[:, 0] for name in ("exact", "measured"))
+    spread = np.array(computed["measured"])[:, 1] / computed["networks"] ** 0.5
+    assert (abs(exact - measured)[:-1] < 4 * spread[:-1]).all()  # the last width: nearly always a kernel of zeros
+    bias, variance = (np.array(computed[name])[:, 0] for name in ("bias", "variance"))
+    np.testing.assert_allclose(bias + variance, exact, rtol=1e-9)
+    assert 0.1 < computed["gp_test_acc"] <= 1
+
+
 def test_points_and_their_statistics():
     s = mlp.Settings()
     runs = [replace(s, width=w, seed=i) for w in (10, 20) for i in range(3)]

@@ -1,0 +1,378 @@
+"""kernels.py: the dense kernel against mpmath, the sparse one against sums over all masks, samples and networks."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import sparse_moments
+
+METHODS = ("exact", "series", "enumerate", "sample")
+
+
+def unit_scale(x, y):
+    """Moments are compared relative to their value."""
+    return np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def inputs(kind, d, rng):
+    """A pair (d,) of one kind."""
+    x, y = rng.standard_normal((2, d))
+    heavy = rng.standard_t(1.2, (2, d))
+    keep = rng.random((2, d)) < 0.5
+    return {
+        "random": (x, y),
+        "correlated": (x, x + 0.1 * y),
+        "opposed": (x, 0.5 * y - x),
+        "heavy": tuple(heavy),
+        "sparse": (x * keep[0], y * keep[1]),
+        "heavy and sparse": tuple(heavy * keep),
+        "disjoint": (x * (np.arange(d) % 2), y * (np.arange(d) % 2 == 0)),
+        "signs": (np.sign(x), np.sign(y)),
+        "images": (np.where(keep[0], -0.42, abs(x)), np.where(keep[1], -0.42, abs(y))),
+        "one large": (x + 30 * np.eye(d)[0], y + 10 * np.eye(d)[0]),
+    }[kind]
+
+
+KINDS = ["random", "correlated", "opposed", "heavy", "sparse", "heavy and sparse", "disjoint", "signs", "images",
+         "one large"]
+
+
+def mnist_like(pairs, rng, d=784):
+    """Pairs (pairs, d) with what makes MNIST hard once each pixel is standardised: constant pixels, a background that
+    is the same for both, rare large values."""
+    rate = rng.beta(0.3, 1, d)
+    rate[:100] = 0
+    ink = (rng.random((2, pairs, d)) < rate) * rng.uniform(0.2, 1, (2, pairs, d))
+    deviation = np.sqrt(np.maximum(rate * 0.41 - (rate * 0.6) ** 2, 1e-3))
+    return np.where(rate > 0, (ink - 0.6 * rate) / deviation, 0)
+
+
+def relative(a, b):
+    return np.max(np.abs(np.array(a) / np.array(b) - 1))
+
+
+# ---------------------------------------------------------------------------------------------- dense
+
+
+def exact_relu_moment(mp, xx, yy, xy, order):
+    xx, yy, xy = mp.mpf(float(xx)), mp.mpf(float(yy)), mp.mpf(float(xy))
+    norm = mp.sqrt(xx * yy)
+    cos = xy / norm if norm else mp.mpf(0)
+    if cos <= -1:
+        return mp.mpf(0)
+    t = mp.acos(min(cos, 1))
+    j = mp.sin(t) + (mp.pi - t) * mp.cos(t) if order == 1 else (
+        3 * mp.sin(t) * mp.cos(t) + (mp.pi - t) * (1 + 2 * mp.cos(t) ** 2))
+    return norm**order * j / (2 * mp.pi)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_relu_moment_against_mpmath(order):
+    mp = pytest.importorskip("mpmath", reason="the reference for 12 digits")
+    rng = np.random.default_rng(0)
+    small = 10.0 ** -np.arange(1, 9, 0.25)
+    angles = np.concatenate([rng.uniform(0, np.pi, 100), small, np.pi - small, [0, np.pi / 2, np.pi]])
+    lengths = np.exp(rng.normal(0, 3, (2, len(angles))))
+    xx, yy = lengths**2
+    cases = np.array([xx, yy, lengths[0] * lengths[1] * np.cos(angles)])
+    plain = np.array([(4, 9, 6), (4, 9, -6), (1, 1, 1), (1, 1, -1), (1, 1, 1 + 2**-52), (1, 1, 2**-52 - 1), (0, 3, 0),
+                      (3, 5, 0), (1e-150, 1e-150, 5e-151), (1e150, 1e150, -0.5e150)]).T
+    cases = np.concatenate([cases, plain], axis=1)
+    values = kernels.relu_moment(*cases, order)
+    assert np.isfinite(values).all()
+    with mp.workdps(150):
+        for case, value in zip(cases.T, values):
+            wanted = exact_relu_moment(mp, *case, order)
+            assert abs(mp.mpf(float(value)) - wanted) <= 1e-12 * wanted, case
+
+
+def test_relu_moment_broadcasts_and_keeps_the_dtype():
+    one = np.ones((3, 1), np.float32)
+    out = kernels.relu_moment(one, np.ones(4, np.float32), np.float32(0.5), 1)
+    assert out.shape == (3, 4) and out.dtype == np.float32
+    assert kernels.relu_moment(1.0, 1.0, 0.0, 1) == pytest.approx(1 / (2 * np.pi))
+    assert kernels.relu_moment(1.0, 1.0, 0.0, 2) == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-14), (np.float32, 3e-6)])
+def test_infinite_kernel(dtype, tolerance):
+    rng = np.random.default_rng(1)
+    X, Y = rng.standard_normal((1100, 30)), rng.standard_normal((1030, 30))  # more than one block each way
+    X[3], Y[5], Y[6] = 0, X[7], -X[8]
+    X, Y = X.astype(dtype), Y.astype(dtype)
+    for A, B, out in ((X, Y, kernels.infinite_kernel(X, Y)), (X, X, kernels.infinite_kernel(X))):
+        A, B = A.astype(float), B.astype(float)
+        wanted = kernels.relu_moment((A * A).sum(1)[:, None], (B * B).sum(1), A @ B.T, 1) / 30
+        assert out.dtype == dtype and np.abs(out - wanted).max() < tolerance * wanted.max()
+    np.testing.assert_allclose(kernels.infinite_kernel(X), kernels.infinite_kernel(X).T, rtol=1e-6, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 0.9, 1])
+def test_exact_against_all_masks(kind, density):
+    rng = np.random.default_rng(KINDS.index(kind))
+    for d in (1, 2, 5, 14):
+        x, y = inputs(kind, d, rng)
+        exact, wanted = (sparse_moments(x, y, density, method) for method in ("exact", "enumerate"))
+        np.testing.assert_allclose(exact, wanted, rtol=1e-6, atol=1e-300)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "opposed"])
+@pytest.mark.parametrize("density", [1e-9, 1e-3, 0.02, 0.1, 0.5, 0.9, 1 - 1e-9])
+def test_quadrature_against_all_masks(kind, density):
+    """The integrals themselves, which sparse_moments uses only beyond 14 coordinates."""
+    rng = np.random.default_rng(KINDS.index(kind))
+    for d in (12, 13, 16):
+        x, y = inputs(kind, d, rng)
+        x, y = (z[(x != 0) | (y != 0)] for z in (x, y))
+        *exact, error = kernels.exact_pair(x, y, density, 1e-6)
+        wanted = kernels.enumerate_pair(x, y, density)
+        assert relative(exact, wanted) < max(2e-6, 2 * error) and error < 1e-5  # error: an estimate
+        *finer, error = kernels.exact_pair(x, y, density, 1e-7)
+        assert relative(finer, wanted) < max(1e-6, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [15, 18, 20])
+def test_quadrature_against_all_masks_often(d):
+    rng = np.random.default_rng(d)
+    ratios = []
+    for kind in KINDS * (1 if d == 20 else 10):
+        for density in (0.02, 0.1, 0.4):
+            x, y = inputs(kind, d, rng)
+            x, y = (z[(x != 0) | (y != 0)] for z in (x, y))
+            *exact, error = kernels.exact_pair(x, y, density, 1e-6)
+            ratios.append(relative(exact, kernels.enumerate_pair(x, y, density)) / max(error, 1e-6))
+    assert max(ratios) < 5 and np.mean(np.array(ratios) < 1) > 0.97
+
+
+def test_opposed_vectors_are_exact_or_warned_about():
+    rng = np.random.default_rng(2)
+    for scale in (0.5, 0.1, 0.01):
+        x = rng.standard_normal(18)
+        y = scale * rng.standard_normal(18) - x
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            exact = sparse_moments(x, y, 0.3)
+        wrong = relative(exact, sparse_moments(x, y, 0.3, "enumerate")) > 3e-6
+        assert caught or not wrong
+    assert caught and "did not reach the relative tolerance 1e-06" in str(caught[0].message)
+
+
+def test_exact_against_samples_of_mnist_like_pairs():
+    x, y = mnist_like(4, np.random.default_rng(3))
+    for density in (8 / 635, 0.1):
+        first, second, *errors = sparse_moments(x, y, density, "sample", masks=20_000, rng=np.random.default_rng(4))
+        exact = sparse_moments(x, y, density)
+        for value, wanted, error in zip((first, second), exact, errors):
+            assert (abs(value - wanted) < 4 * error).all() and (error < 0.1 * wanted).all()
+
+
+@pytest.mark.parametrize("density", [1e-9, 1e-3, 0.2, 1])
+def test_exact_special_pairs(density):
+    """The same closed forms with few coordinates (sums over masks) and with many (integrals)."""
+    rng = np.random.default_rng(5)
+    for d in (8, 40):
+        x = rng.standard_normal(d)
+        square, fourth = (x**2).sum(), (x**4).sum()
+        zero, one = np.zeros(d), np.eye(d)[2]
+        np.testing.assert_array_equal(sparse_moments(x, zero, density), 0)
+        np.testing.assert_allclose(sparse_moments(x, -3 * x, density), 0, atol=1e-20)
+        parallel = 3 * square / 2, 9 * 1.5 * (square**2 + (1 - density) / density * fourth)
+        np.testing.assert_allclose(sparse_moments(x, 3 * x, density), parallel, rtol=1e-12)
+        # One shared coordinate, alone in x: relu(w x)^l relu(w y)^l over the rest of y, by conditioning on it.
+        few = np.where(np.arange(d) < 8, x, 0)
+        np.testing.assert_allclose(sparse_moments(one, few, density), sparse_moments(one, few, density, "enumerate"),
+                                   rtol=1e-6)
+
+
+def test_a_single_coordinate_beside_many():
+    rng = np.random.default_rng(6)
+    y, x = rng.standard_normal(200), np.eye(200)[0]
+    for density in (0.02, 0.3):
+        exact = sparse_moments(x, y, density)
+        first, second, *errors = sparse_moments(x, y, density, "sample", masks=40_000, rng=rng)
+        assert abs(first - exact[0]) < 4 * errors[0] and abs(second - exact[1]) < 4 * errors[1]
+
+
+def test_exact_scales_broadcasts_and_is_symmetric():
+    rng = np.random.default_rng(7)
+    X, y = rng.standard_normal((2, 3, 25)), rng.standard_normal(25)
+    first, second = sparse_moments(X, y, 0.2)
+    assert first.shape == second.shape == (2, 3)
+    np.testing.assert_allclose(sparse_moments(y, X, 0.2), (first, second), rtol=2e-6)
+    np.testing.assert_allclose(sparse_moments(1e3 * X, 1e-9 * y, 0.2), (1e-6 * first, 1e-12 * second), rtol=2e-6)
+    padded = np.concatenate([X, np.zeros((2, 3, 5))], -1), np.concatenate([y, np.zeros(5)])
+    np.testing.assert_allclose(sparse_moments(*padded, 0.2), (first, second), rtol=1e-9)
+    coarse, fine = (sparse_moments(X[0], y, 0.2, rtol=rtol) for rtol in (1e-3, 1e-8))
+    assert 1e-8 < relative(coarse, fine) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------- series
+
+
+def test_series_converges_at_its_order():
+    """Coordinates repeated k times leave all relative sums as they are: the error falls like 1/(pd)^2, so like 1/k^2."""
+    x, y = np.random.default_rng(8).standard_normal((2, 20))
+    errors = []
+    for k in (8, 32, 128):
+        series, exact = (sparse_moments(np.tile(x, k), np.tile(x + y, k), 0.2, method, rtol=1e-9)
+                         for method in ("series", "exact"))
+        errors.append(np.abs(np.array(series) / exact - 1))
+    slopes = np.log(np.array(errors[1:]) / errors[:-1]) / np.log(4)
+    assert (abs(slopes[0] + 2) < 0.35).all() and (abs(slopes[1] + 2) < 0.1).all(), slopes
+
+
+def test_series_matrix_equals_series_pairs():
+    rng = np.random.default_rng(9)
+    X, Y = rng.standard_normal((530, 20)), rng.standard_normal((7, 20))  # more than one block
+    X[0], Y[1], Y[2], Y[3] = 0, 2 * X[5], -X[6], 0
+    for a, b in zip(kernels.series_moments(X, Y, 0.3), sparse_moments(X[:, None], Y, 0.3, "series")):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(sparse_moments(X[5], 2 * X[5], 0.3, "series"), sparse_moments(X[5], 2 * X[5], 0.3),
+                               rtol=1e-7)
+    dense = kernels.series_moments(X, Y, 1)[0] / 20
+    np.testing.assert_allclose(dense, kernels.infinite_kernel(X, Y), atol=1e-14)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+def test_measured_kernel_against_theory():
+    """Over many networks: the mean is Kp_1/d, the mean squared distance from the dense limit is Theorem 1."""
+    rng = np.random.default_rng(10)
+    X, Y = mnist_like(3, rng, d=120)
+    width, density = 40, 0.05
+    theta = np.stack([kernels.measured_kernel(X, Y, width, density, rng).diagonal() for _ in range(3000)])
+    first, _ = sparse_moments(X, Y, density)
+    dense = kernels.infinite_kernel(X, Y).diagonal()
+    for sample, wanted in ((theta, first / 120), ((theta - dense) ** 2, kernels.kernel_distance(X, Y, width, density))):
+        error = sample.std(0, ddof=1) / np.sqrt(len(sample))
+        assert (abs(sample.mean(0) - wanted) < 4 * error).all()
+
+
+def test_measured_kernel_is_seeded_and_symmetric():
+    X = np.random.default_rng(11).standard_normal((4, 9)).astype(np.float32)
+    a, b = (kernels.measured_kernel(X, None, 50, 0.5, np.random.default_rng(1)) for _ in range(2))
+    assert a.dtype == np.float32 and np.array_equal(a, b) and np.array_equal(a, a.T)
+    np.testing.assert_allclose(a, kernels.measured_kernel(X, X.copy(), 50, 0.5, np.random.default_rng(1)), rtol=1e-6)
+
+
+def test_kernel_distance_parts():
+    rng = np.random.default_rng(12)
+    x, y = rng.standard_normal((2, 5, 30))
+    bias, variance = kernels.kernel_distance(x, y, 20, 0.1, split=True)
+    np.testing.assert_allclose(bias + variance, kernels.kernel_distance(x, y, 20, 0.1))
+    np.testing.assert_allclose(kernels.kernel_distance(x, y, 40, 0.1, split=True)[1], variance / 2)
+    first, _ = sparse_moments(x, y, 0.1)
+    dense = 30 * kernels.infinite_kernel(x, y).diagonal()
+    np.testing.assert_allclose(bias, ((first - dense) / 30) ** 2, rtol=1e-6)
+    assert kernels.kernel_distance(x, y, 20, 1, split=True)[0].max() == 0
+
+
+def test_formula_is_the_variance_of_orthogonal_inputs():
+    """At p = 1 and x orthogonal to y, |x|^2 = |y|^2 = d, Eq. 4 is exact."""
+    x, y = np.ones(64), np.tile([1.0, -1.0], 32)
+    wanted = kernels.kernel_distance_formula(100, 1, 64)
+    assert kernels.kernel_distance(x, y, 100, 1) == pytest.approx(wanted, rel=1e-12)
+    assert kernels.kernel_distance_formula(1e30, 0.25, 64) == pytest.approx(1 / 1024)
+
+
+@pytest.mark.parametrize("weights_per_input, d", [(8, 784), (0.5, 100), (300, 50)])
+def test_optimal_density(weights_per_input, d):
+    grid = np.linspace(1e-3, 1, 200_000)
+    best = grid[np.argmin(kernels.kernel_distance_formula(weights_per_input / grid, grid, d))]
+    assert kernels.optimal_density(weights_per_input, d) == pytest.approx(best, abs=1e-5)
+    assert kernels.optimal_density(1e-3, 784) == pytest.approx(np.sqrt(1e-3 / 4 / 784), rel=0.1)
+
+
+def test_optimal_width_against_all_widths():
+    rng = np.random.default_rng(13)
+    x, y = rng.standard_normal((2, 5, 30))
+    x, y = x + 2, y - 2
+    for weights, limits in ((2000, None), (lambda width: 2000 - width, (67, 600))):
+        width, distance = kernels.optimal_width(x, y, weights, "series", widths=limits)
+        least, greatest = limits or (67, 2000)
+        kept = {n: weights(n) if callable(weights) else weights for n in range(least, greatest + 1)}
+        every = {n: kernels.kernel_distance(x, y, n, min(1, kept[n] / (30 * n)), "series").mean() for n in kept}
+        assert width == min(every, key=every.get) and distance == every[width]
+        assert min(every) < width < max(every)
+
+
+# ---------------------------------------------------------------------------------------------- regression
+
+
+def test_kernels_are_positive_semi_definite():
+    X = np.random.default_rng(14).standard_normal((14, 20))
+    for matrix in (kernels.infinite_kernel(X), kernels.measured_kernel(X, None, 30, 0.2, np.random.default_rng(0)),
+                   sparse_moments(X[:, None], X, 0.2, rtol=1e-5)[0] / 20):
+        assert np.linalg.eigvalsh(matrix).min() > -1e-6 * np.trace(matrix)
+
+
+def test_gp_predict():
+    rng = np.random.default_rng(15)
+    centres = 2 * rng.standard_normal((3, 6))
+    labels = rng.integers(0, 3, 240)
+    X = centres[labels] + rng.standard_normal((240, 6))
+    train, test = X[:160], X[160:]
+    kernel, cross = kernels.infinite_kernel(train), kernels.infinite_kernel(test, train)
+    out = kernels.gp_predict(kernel, labels[:160], cross, rng=rng)
+    assert (out.labels == labels[160:]).mean() > 0.9 and out.held_out_accuracy > 0.9
+    noisy = kernel + out.noise * np.trace(kernel) / 160 * np.eye(160)
+    np.testing.assert_allclose(out.scores, cross @ np.linalg.solve(noisy, np.eye(3)[labels[:160]]), atol=1e-8)
+    assert out.noise in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    wrong = rng.permutation(labels[:160])  # labels without meaning: little noise cannot be better by much
+    assert kernels.gp_predict(kernel, wrong, cross).held_out_accuracy < 0.6
+
+
+def test_gp_predict_chooses_the_noise_on_held_out_data():
+    """Noisy labels on a line: almost no noise fits them all and does worse than the right amount."""
+    rng = np.random.default_rng(16)
+    X = np.stack([rng.uniform(-1, 1, 400), np.ones(400)], 1)
+    labels = np.where(rng.random(400) < 0.25, rng.integers(0, 2, 400), X[:, 0] > 0).astype(int)
+    kernel = kernels.infinite_kernel(X)
+    out = kernels.gp_predict(kernel, labels, kernel, noises=(1e-9, 1e-2), rng=rng)
+    assert out.noise == 1e-2
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes():
+    x, X = np.ones(30), np.ones((3, 4))
+    rng = np.random.default_rng(0)
+    mistakes = [
+        (lambda: kernels.relu_moment(1.0, 1.0, 0.0, 3), "order is 1 or 2, not 3"),
+        (lambda: kernels.infinite_kernel(X, np.ones((3, 5))), r"same number of columns, not \(3, 4\) and \(3, 5\)"),
+        (lambda: sparse_moments(x, x, 0), "density is a number above 0 and at most 1, not 0"),
+        (lambda: sparse_moments(x, x, 1.5), "density is"),
+        (lambda: kernels.series_moments(X, X, float("nan")), "density is"),
+        (lambda: kernels.measured_kernel(X, X, 5, -1, rng), "density is"),
+        (lambda: sparse_moments(x, x, 0.5, "guess"), "'exact', 'series', 'enumerate' or 'sample', not 'guess'"),
+        (lambda: sparse_moments(x, x, 0.5, "enumerate"), "all masks of 30 non-zero coordinates is too long: 20"),
+        (lambda: sparse_moments(x, x, 0.5, "sample"), "needs rng, a NumPy generator"),
+        (lambda: kernels.kernel_distance(x, x, 0, 0.5), "width is a positive number, not 0"),
+        (lambda: kernels.optimal_density(-1, 784), "weights_per_input and d are positive numbers, not -1 and 784"),
+        (lambda: kernels.optimal_width(x, x, lambda n: 9), r"needs widths=\(least, greatest\)"),
+        (lambda: kernels.optimal_width(x, x, 50, widths=(9, 5)), r"in this order, not \(9, 5\)"),
+        (lambda: kernels.gp_predict(np.eye(3), np.arange(4), np.eye(4)), r"4 labels need a kernel of shape \(4, 4\)"),
+        (lambda: kernels.gp_predict(np.eye(4), np.arange(4), np.eye(4), held_out=1.0), "held_out is a fraction that"),
+        (lambda: kernels.gp_predict(-np.eye(4), np.arange(4), np.eye(4), held_out=0.5),
+         "kernel of 2 inputs with noise 0.0001 is not positive definite: take a greater noise"),
+    ]
+    for mistake, sentence in mistakes:
+        with pytest.raises(ValueError, match=sentence):
+            mistake()
+
+
+def test_small_sets_of_inputs():
+    assert kernels.infinite_kernel(np.zeros((0, 4)), np.ones((2, 4))).shape == (0, 2)
+    for method in METHODS:
+        options = {"masks": 100, "rng": np.random.default_rng(0)} if method == "sample" else {}
+        assert sparse_moments(np.zeros((0, 4)), np.ones(4), 0.5, method, **options)[0].shape == (0,)
+        assert np.shape(sparse_moments(np.ones(4), np.ones(4), 0.5, method, **options)[0]) == ()
