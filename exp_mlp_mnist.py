@@ -295,7 +295,7 @@ def fig8_lr_draw(points, metric):
     return figure, [f"FIG8_LR = {chosen}"]
 
 
-KERNEL_WIDTHS = (8, 12, 18, 27, 40, 60, 90, 128, 160, 216, 260, 328, 400, 512, 570, 610, 630, 635)
+KERNEL_WIDTHS = (8, 16, 32, 48, 64, 90, 128, 160, 216, 270, 328, 400, 512, 580, 620, 635)
 KERNEL_PAIRS, KERNEL_SEEDS = 1000, 10
 
 
@@ -309,8 +309,10 @@ def fig8b_compute(s):
 
     The kernel is that of the first layer, whose mask keeps an exact number of its weights since the last layer is
     dense: 6,352 - 10 n of 784 n. Theory and measurement use the density that this is, p = (6,352 - 10 n) / 784 n.
-    Distances are means over pairs of different test images, pixels standardised as in training, each with the standard
-    error over pairs; the measured ones over networks, with the deviation over networks.
+    Distances are means over pairs of different test images, pixels standardised as in training, and each image scaled
+    to |x|^2 = d, as Eq. 4 has it: without that a few images with ink where the training images have none, up to 3,400
+    times as large, would make up the mean (it is recorded as well, under "raw"). With each its standard error over
+    pairs; with the measured ones, means over networks, their standard deviation over networks.
     """
     dataset = load(fig8_at(s, 8, True))
 
@@ -320,6 +322,8 @@ def fig8b_compute(s):
     train_x, test_x = inputs(dataset.train_images), inputs(dataset.test_images)
     rng = nn.generator(s.seed, "kernel pairs")
     x, y = test_x[[rng.choice(len(test_x), 2, replace=False) for _ in range(KERNEL_PAIRS)]].transpose(1, 0, 2)
+    raw = ((x * x).sum(1) * (y * y).sum(1)) / INPUTS**2  # (pairs,): the distance grows by this without the scaling
+    x, y = (z * (INPUTS / (z * z).sum(1, keepdims=True)) ** 0.5 for z in (x, y))
 
     def density(width):
         return min(1.0, fig8_at(s, width, False, lr=1.0).kept[0] / (INPUTS * width)) if width > 8 else 1.0
@@ -327,16 +331,17 @@ def fig8b_compute(s):
     def mean_and_error(values):
         return [float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)]
 
+    names = ("exact", "bias", "variance", "series", "raw", "measured")
     result = {"pairs": KERNEL_PAIRS, "networks": KERNEL_SEEDS, "widths": KERNEL_WIDTHS,
-              "densities": [density(n) for n in KERNEL_WIDTHS], "exact": [], "bias": [], "variance": [], "series": [],
-              "formula": [], "measured": []}
-    infinite = (kernels.relu_moment((x * x).sum(1), (y * y).sum(1), (x * y).sum(1), order=1)) / INPUTS  # (pairs,)
+              "densities": [density(n) for n in KERNEL_WIDTHS],
+              "formula": [float(kernels.kernel_distance_formula(n, density(n), INPUTS)) for n in KERNEL_WIDTHS],
+              **{name: [] for name in names}}
+    infinite = kernels.relu_moment(INPUTS, INPUTS, (x * y).sum(1), order=1) / INPUTS  # (pairs,)
     for n in tqdm(KERNEL_WIDTHS, desc="kernel distance", disable=None, leave=False):
-        bias, variance = kernels.kernel_distance(x, y, n, density(n), split=True)
-        for name, values in (("exact", bias + variance), ("bias", bias), ("variance", variance),
-                             ("series", kernels.kernel_distance(x, y, n, density(n), method="series"))):
+        bias, variance = kernels.kernel_distance(x, y, n, density(n), split=True, rtol=1e-5)
+        series = kernels.kernel_distance(x, y, n, density(n), method="series")
+        for name, values in zip(names, (bias + variance, bias, variance, series, raw * (bias + variance))):
             result[name].append(mean_and_error(values))
-        result["formula"].append(float(kernels.kernel_distance_formula(n, density(n), INPUTS)))
         measured = []
         for seed in range(KERNEL_SEEDS):
             theta = kernels.measured_kernel(x, y, n, density(n), nn.generator(s.seed + seed, "kernel", n))
@@ -383,11 +388,16 @@ def fig8b_draw(points, metric, computed):
                 f"Gaussian process with the infinite-width kernel: test accuracy {percent(computed['gp_test_acc'])}"]
     for value, colour in ((widths[exact.argmin()], "C0"), (trained[errors.argmin()], "k")):
         left.axvline(value, color=colour, alpha=0.3, linewidth=4)
-    left.set(xscale="log", yscale="log", xlabel="width (hidden units)",
+    left.set(xscale="log", yscale="log", xlabel="width (hidden units)", ylim=(exact.min() / 2, exact[0] * 20),
              ylabel="mean squared distance of the kernel from infinite width")
     left.set_xticks(FIG8_WIDTHS, FIG8_WIDTHS, fontsize=8)
     left.minorticks_off()
-    right.set(yscale="log", ylabel=f"test error, % ({metric} epoch)")
+    least = 100 - 100 * computed["gp_test_acc"]
+    right.set(ylabel=f"test error, % ({metric} epoch)", ylim=(least - 2, least + 14))
+    for n, error in zip(trained, errors):  # one starved network must not flatten the picture of the others
+        if error > least + 14:
+            right.annotate(f"{error:.0f} %", (n, least + 13.9), (-70, -6), textcoords="offset points", ha="right",
+                           arrowprops=dict(arrowstyle="->"))
     handles = [h for ax in (left, right) for h in zip(*ax.get_legend_handles_labels())]
     left.legend(*zip(*handles), fontsize=8, loc="upper center")
     figure.suptitle(f"Figure 8b. {first_line(points)}, {points[0].settings.budget:,} weights; "
@@ -411,8 +421,8 @@ EXPERIMENT = train.Experiment(
                              fig5_draw, fig5_paper),
         "fig8": train.Figure("dense and sparse accuracy over width at 6,352 weights, NTK parameterisation", fig8_runs,
                              fig8_draw),
-        "fig8b": train.Figure("kernel distance at initialisation and test error over width at 6,352 weights", fig8b_runs,
-                              fig8b_draw, compute=fig8b_compute),
+        "fig8b": train.Figure("kernel distance at initialisation and test error over width at 6,352 weights",
+                              fig8b_runs, fig8b_draw, compute=fig8b_compute),
         "fig8_lr": train.Figure("learning rates for fig8, chosen on held-out training images", fig8_lr_runs,
                                 fig8_lr_draw),
     },

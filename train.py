@@ -705,7 +705,8 @@ def plot(experiment, name, settings, metric, record):
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=150)
     if record and not source.startswith(RECORDS.name):
-        write_whole(record_path(experiment, name), record_of(experiment, name, settings, runs, results, *computed or [None]))
+        content = record_of(experiment, name, settings, runs, results, *computed or [None])
+        write_whole(record_path(experiment, name), content)
     print(f"drawn to {path}")
 
 

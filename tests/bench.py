@@ -1,7 +1,10 @@
-"""Speed beside PyTorch's, measured in one call so that only ratios matter:  python tests/bench.py mlp
+"""Speed, measured in one call so that only ratios matter.
 
-Each implementation runs in a process of its own with 1 and with 2 threads; rounds alternate between them and the
-best time of each counts. PyTorch (2.13, CPU) is needed here and nowhere else.
+    python tests/bench.py mlp       a training step of the MLP beside PyTorch's (2.13, CPU)
+    python tests/bench.py kernel    the sparse kernel's methods; the infinite kernel beside neural-tangents' (JAX, CPU)
+
+Each implementation runs in a process of its own. `mlp` gives each 1 and 2 threads, alternates rounds between all and
+takes the best time of each. NEURAL_TANGENTS=PYTHON names the Python of an environment that has neural-tangents.
 """
 
 import os
@@ -113,9 +116,83 @@ def mlp():
         print(f"{width:5} {us:7.0f} {threads:9} {their_us:8.0f} {their_threads:9} {us / their_us:6.2f}")
 
 
+# ---------------------------------------------------------------------------------------------- kernel
+
+
+def best(work, rounds):
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def standardized_images(count, rng, d=784):
+    """Rows like MNIST with each pixel standardised: constant pixels, a background that all share, rare large values."""
+    import numpy as np
+
+    rate = rng.beta(0.3, 1, d)
+    rate[:100] = 0
+    ink = (rng.random((count, d)) < rate) * rng.uniform(0.2, 1, (count, d))
+    deviation = np.sqrt(np.maximum(rate * 0.41 - (rate * 0.6) ** 2, 1e-3))
+    return np.where(rate > 0, (ink - 0.6 * rate) / deviation, 0)
+
+
+def kernel_worker(name):
+    """Print the seconds of one job."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    if name == "neural-tangents":
+        import jax
+        from neural_tangents import stax
+
+        X = rng.standard_normal((10_000, 784), np.float32)
+        kernel_fn = jax.jit(stax.serial(stax.Dense(1), stax.Relu())[2], static_argnames="get")
+        print(best(lambda: kernel_fn(X, None, get="nngp").block_until_ready(), 3))
+        return
+    import kernels
+
+    if name.startswith("exact"):
+        X, Y = standardized_images(60, rng).reshape(2, 30, 784)
+        print(best(lambda: kernels.sparse_moments(X, Y, float(name.split()[1])), 3))
+    elif name == "series":
+        X, Y = standardized_images(2048, rng), standardized_images(10_000, rng)
+        print(best(lambda: kernels.series_moments(X, Y, 0.1), 2))
+    else:
+        X = rng.standard_normal((10_000, 784), np.float32)
+        Y = None if name == "infinite X" else X.copy()
+        print(best(lambda: kernels.infinite_kernel(X, Y), 3))
+
+
+def kernel_seconds(name, one_core=False, python=sys.executable):
+    """The seconds that a job took in a process of its own; None if it could not be run."""
+    env = dict(os.environ, **({"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} if one_core else {}))
+    pin = (lambda: os.sched_setaffinity(0, {0})) if one_core and hasattr(os, "sched_setaffinity") else None
+    done = subprocess.run([python, __file__, "kernel-worker", name], env=env, text=True, capture_output=True,
+                          preexec_fn=pin)
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+def kernel():
+    for density in (8 / 635, 0.1):
+        seconds = kernel_seconds(f"exact {density}", one_core=True)
+        print(f"exact to 1e-6, d = 784, density {density:.4f}, one core: {30 / seconds:.0f} pairs a second")
+    print(f"series, 2,048 x 10,000 pairs, d = 784: {kernel_seconds('series'):.1f} s")
+    theirs = kernel_seconds("neural-tangents", python=os.environ.get("NEURAL_TANGENTS", sys.executable))
+    for name, text in (("infinite X", "X with itself"), ("infinite X, Y", "X with Y")):
+        ours = kernel_seconds(name)
+        ratio = f"{ours / theirs:.2f} of neural-tangents' {theirs:.2f} s" if theirs else "neural-tangents is not here"
+        print(f"infinite kernel, 10,000 x 10,000 in float32, {text}: {ours:.2f} s, {ratio}")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["mlp"]:
-        mlp()
+    if sys.argv[1:] in (["mlp"], ["kernel"]):
+        {"mlp": mlp, "kernel": kernel}[sys.argv[1]]()
+    elif len(sys.argv) == 3 and sys.argv[1] == "kernel-worker":
+        kernel_worker(sys.argv[2])
     elif len(sys.argv) == 4 and sys.argv[1] == "worker":
         worker(sys.argv[2], int(sys.argv[3]))
     else:

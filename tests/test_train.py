@@ -407,6 +407,7 @@ def test_what_a_figure_computes_is_kept_and_recorded(settings, tmp_path, monkeyp
 
 def test_figure_8b_from_training_to_picture(settings, monkeypatch, capsys):
     """The whole figure at a small size: theory and measurement agree, and the summary names the minima."""
+    assert set(mlp.FIG8_WIDTHS) <= set(mlp.KERNEL_WIDTHS)
     monkeypatch.setattr(mlp, "KERNEL_WIDTHS", mlp.FIG8_WIDTHS)
     monkeypatch.setattr(mlp, "KERNEL_PAIRS", 12)
     words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--epochs", "1",
