@@ -98,6 +98,35 @@ def test_recorded_accuracies_are_those_of_the_saved_network(settings):
     assert run.result()["final_test_acc"] == (logits.argmax(1) == dataset.test_labels).mean()
 
 
+def test_recorded_training_loss_and_accuracy_are_means_over_the_epoch(settings):
+    """With a learning rate of 0 they are those of the initial network on all 600 images, the last batch smaller."""
+    run = trained(replace(settings, epochs=1, lr=0.0, batch=70))
+    dataset, model, _, _ = run.prepare()
+    loss, accuracy = train.evaluate(model, dataset.train_batches(600, seed=0, epoch=0))
+    row = next(csv.DictReader(open(run.folder / "log.csv")))
+    assert float(row["train_loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(row["train_acc"]) == run.result()["best_train_acc"] == pytest.approx(accuracy, abs=1e-9)
+
+
+def test_networks_are_trained_in_training_mode_and_evaluated_in_evaluation_mode(settings):
+    modes = []
+
+    class Spy(nn.ReLU):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x)
+
+    def build(s, dataset):
+        model = mlp.build(s, dataset)
+        model.modules[2] = Spy()
+        return model
+
+    run = train.Run(replace(mlp.EXPERIMENT, build=build), replace(settings, epochs=2))
+    with run.lock():
+        run.train(bar=False)
+    assert modes == ([True] * 6 + [False] * 4) * 2  # 600 images in batches of 100, 4,000 test images in batches of 1,000
+
+
 def test_same_seed_same_bits_and_other_seeds_differ(settings, tmp_path):
     one = contents(trained(settings))
     two = contents(trained(replace(settings, out=str(tmp_path / "again"))))
@@ -291,6 +320,14 @@ def test_a_run_that_is_being_trained_is_refused_and_a_dead_holder_is_not(setting
         assert "another process is training" in errors and len(errors.splitlines()) == 1
     assert (run.folder / "lock").exists()  # left behind, but held by nobody
     trained(settings)
+
+
+def test_a_run_that_was_finished_while_we_waited_for_its_lock_is_not_trained_again(settings, monkeypatch):
+    run = trained(settings)
+    answers = [False]  # not done when looked at, done by the time the lock is ours
+    monkeypatch.setattr(run, "done", lambda: answers.pop() if answers else True)
+    monkeypatch.setattr(run, "train", lambda **options: pytest.fail("trained twice"))
+    assert train.sweep([run], worker=True) == 0 and not answers
 
 
 def test_a_failed_run_does_not_stop_the_sweep(settings, capsys):
