@@ -9,6 +9,7 @@ float copy of the data set, and measured faster for it. Every fault of a file is
 
 import gzip
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -64,7 +65,7 @@ class Dataset:
         return self.batches(self.test_images, self.test_labels, nn.xp.arange(len(self.test_labels)), batch)
 
     def batches(self, images, labels, order, batch, start=0):
-        raw = nn.xp.empty((batch, *images.shape[1:]), np.uint8)
+        raw = nn.xp.empty((min(batch, len(order)), *images.shape[1:]), np.uint8)
         out = nn.xp.empty(raw.shape, np.float32)
         for first in range(start * batch, len(order), batch):
             rows = order[first : first + batch]
@@ -122,6 +123,7 @@ MNIST_FILES = {  # file: MD5 of its uncompressed contents (gzip bytes differ bet
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+MNIST_COUNTS = {"train": 60_000, "t10k": 10_000}
 MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -143,8 +145,8 @@ def mnist(folder, mirrors=MNIST_MIRRORS):
             download([mirror + name + ".gz" for mirror in mirrors], paths[name],
                      verify=lambda path: hashlib.md5(read_bytes(path, 2**26)).hexdigest() == md5)
     (train_images, train_labels), (test_images, test_labels) = (
-        read_idx_pair(paths[f"{part}-images-idx3-ubyte"], paths[f"{part}-labels-idx1-ubyte"], classes=10)
-        for part in ("train", "t10k")
+        read_idx_pair(paths[f"{part}-images-idx3-ubyte"], paths[f"{part}-labels-idx1-ubyte"], 10, (count, 28, 28))
+        for part, count in MNIST_COUNTS.items()
     )
     one = np.ones(1, np.float32)
     return Dataset("mnist", 10, train_images, train_labels, test_images, test_labels, one, one).standardized(
@@ -187,13 +189,14 @@ def read_idx(path, ndim):
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def read_idx_pair(images_path, labels_path, classes):
-    """Images (N, 1, H, W) of uint8 and labels (N,) of int64 that belong together."""
+def read_idx_pair(images_path, labels_path, classes, shape):
+    """Images (N, 1, H, W) of uint8, shape = (N, H, W), and labels (N,) of int64 that belong together."""
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
         raise DataError(f"{images_path} has {len(images):,} images but {labels_path} has {len(labels):,} labels")
-    if images.size == 0:
-        raise DataError(f"{images_path} has no images")
+    if images.shape != shape:
+        have, want = ("x".join(map(str, s)) for s in (images.shape, shape))
+        raise DataError(f"{images_path} holds images of {have} instead of {want}")
     if labels.max() >= classes:
         where = int(np.argmax(labels >= classes))
         raise DataError(f"{labels_path} has label {labels[where]} at position {where}, "
@@ -228,7 +231,7 @@ def download(urls, path, verify):
                 if not continued:  # a whole file from this mirror is wrong, and would be again
                     break
                 in_vain += 1
-            except OSError as error:  # urllib's errors are OSErrors too
+            except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
                 reason = str(getattr(error, "reason", error))
                 if 400 <= getattr(error, "code", 0) < 500:  # the server knows that it has no such file
                     break

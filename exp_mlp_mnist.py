@@ -67,6 +67,11 @@ class Settings(train.Settings):
                                    "choose a --width of at least the --base-width, or --dense")
         if self.last is not None and self.last > 1:
             raise train.UsageError(f"--last is a fraction of at most 1, not {self.last}")
+        if self.last is not None and self.how != "largest-first":
+            raise train.UsageError(f"--last fixes what each layer keeps, so --how {self.how} has nothing to decide")
+        if self.kept and self.kept[1] < 1:
+            raise train.UsageError(f"--last {self.last} at width {self.width} keeps none of the last layer's "
+                                   f"{CLASSES * self.width:,} weights")
         if not self.possible():
             raise train.UsageError(f"--last {self.last} at width {self.width} leaves {self.kept[0]:,} of "
                                    f"{self.budget:,} weights to a first layer of {INPUTS * self.width:,}")
@@ -121,9 +126,7 @@ def fig5_runs(s):
 
 
 def fig5_paper(s):
-    if s.activation == "relu" and s.width == s.base_width:
-        return "about 90 %"
-    return None
+    return "about 90 %" if (s.data, s.activation, s.width, s.base_width) == ("mnist", "relu", 5, 5) else None
 
 
 def fig5_draw(points, metric):
@@ -138,6 +141,7 @@ def fig5_draw(points, metric):
     low = max(low, high - 12)  # a few starved cells would take all the colours
     summary = []
     stated = {"relu": "96.3 % at width 80 or 160", "linear": "92.7 % at width 40"}
+    ours = (points[0].settings.data, points[0].settings.base_width) == ("mnist", 5)  # as in the paper
     for ax, activation in zip(axes, ("relu", "linear")):
         grid = np.array([[values.get((activation, w, c), np.nan) for w in FIG5_WIDTHS] for c in FIG5_LAST])
         image = ax.imshow(grid, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
@@ -152,8 +156,8 @@ def fig5_draw(points, metric):
             row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
             ax.plot(column + 0.36, row + 0.3, "*", color="red", markersize=8, markeredgewidth=0)
             summary.append(f"{name}: best {grid[row, column]:.2f} % at width {FIG5_WIDTHS[column]} and last-layer "
-                           f"connectivity {FIG5_LAST[row]}; the paper: {stated[activation]}")
-        ax.set_title(f"{name} (the paper's best: {stated[activation]})", fontsize=10)
+                           f"connectivity {FIG5_LAST[row]}" + (f"; the paper: {stated[activation]}" if ours else ""))
+        ax.set_title(name + (f" (the paper's best: {stated[activation]})" if ours else ""), fontsize=10)
         ax.set_xticks(range(len(FIG5_WIDTHS)), FIG5_WIDTHS)
         ax.set_yticks(range(len(FIG5_LAST)), FIG5_LAST)
         ax.set_xlabel("width")
@@ -166,7 +170,7 @@ def fig5_draw(points, metric):
 def width_runs(s):
     """Accuracy over width at the base's number of weights, and of dense networks of the same widths."""
     widths = [w for w in FIG5_WIDTHS if s.base_width < w <= 320]
-    sparse = [replace(s, width=w) for w in (s.base_width, *widths)]
+    sparse = [replace(s, width=w, dense=False) for w in (s.base_width, *widths)]
     return over_seeds(s, sparse + [replace(s, width=w, dense=True) for w in widths], 3)
 
 
@@ -215,7 +219,7 @@ def first_line(points):
 
 def shown(points, metric):
     """What a figure's numbers are: "best test accuracy over 100 epochs, mean of 3 seeds"."""
-    s, seeds = points[0].settings, {len(p.results) for p in points if p.results}
+    s, seeds = points[0].settings, {len(p.values("weights")) for p in points if p.values("weights")}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     what = {"best": "best test accuracy over", "final": "test accuracy after"}[metric]
     return f"{what} {s.epochs} epochs, {'mean of ' + count + ' seeds' if max(seeds) > 1 else '1 seed'}"
@@ -258,7 +262,7 @@ def lines_draw(points, metric, title):
     ax.set(xlabel="width (hidden units)", ylabel=f"{metric} test accuracy, %")
     ax.grid(alpha=0.3)
     ax.legend()
-    bars = "; bars: standard deviation" if any(len(p.results) > 1 for p in points) else ""
+    bars = "; bars: standard deviation over seeds" if any(len(p.values("weights")) > 1 for p in points) else ""
     ax.set_title(f"{title}\n{shown(points, metric)}{bars}", fontsize=10)
     return figure, summary
 
@@ -282,19 +286,21 @@ def fig8_lr_draw(points, metric):
     for ax, dense in zip(axes, (True, False)):
         for i, width in enumerate(FIG8_WIDTHS):
             line = [p for p in points if (p.settings.dense, p.settings.width) == (dense, width) and p.results]
-            if not line:
+            if (dense, width) not in chosen:
                 continue
             means = [100 * p.mean(f"{metric}_test_acc") for p in line]
             rates = [p.settings.lr for p in line]
             below = f", below: {np.nanmax(means):.0f} %" if np.nanmax(means) < 100 * top - 9 else ""
             ax.plot(rates, means, "o-", color=f"C{i}", label=f"width {width}{below}")
-            ax.plot(chosen[dense, width], np.nanmax(means), "*", color=f"C{i}", markersize=14)
+            rate = chosen[dense, width]
+            ax.plot(rate, means[rates.index(rate)], "*", color=f"C{i}", markersize=14)
         ax.set_xscale("log", base=2)
         ax.set_xticks(FIG8_RATES, [f"{r:g}" for r in FIG8_RATES])
         ax.set(title="dense" if dense else "sparse, 6,352 weights", xlabel="learning rate",
                ylim=(100 * top - 9, 100 * top + 1))
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, loc="lower center", ncols=2)
+        if ax.lines:
+            ax.legend(fontsize=8, loc="lower center", ncols=2)
     axes[0].set_ylabel("accuracy on held-out training images, %")
     figure.suptitle(f"{first_line(points)}: {shown(points, metric).replace('test', 'held-out')}; stars: chosen")
     return figure, [f"FIG8_LR = {chosen}"]
@@ -309,11 +315,24 @@ def fig8b_runs(s):
     return [run for run in fig8_runs(s) if not run.dense or run.width == 8]
 
 
+def measured_distance(s, width, x, y, infinite):
+    """[mean, deviation] over the networks of Figure 8, as they are before training, of the mean squared distance of
+    their kernel (1/nd) sum_k relu(u_k x) relu(u_k y) from the infinite one, for pairs x, y (pairs, INPUTS).
+    """
+    distances = []
+    for seed in range(s.seed, s.seed + KERNEL_SEEDS):
+        u = nn.to_host(build(replace(fig8_at(s, width, False, lr=1.0), seed=seed), None)[1].weight.data)
+        theta = (np.maximum(x @ u.T, 0) * np.maximum(y @ u.T, 0)).sum(1) / (width * INPUTS)
+        distances.append(np.mean((theta - infinite) ** 2))
+    return [float(np.mean(distances)), float(np.std(distances, ddof=1))]
+
+
 def fig8b_compute(s):
     """How far the kernel of the sparse networks of Figure 8 is from the infinite-width one, over their width.
 
     The kernel is that of the first layer, whose mask keeps an exact number of its weights since the last layer is
-    dense: 6,352 - 10 n of 784 n. Theory and measurement use the density that this is, p = (6,352 - 10 n) / 784 n.
+    dense: 6,352 - 10 n of 784 n. The theory keeps each weight with this probability, p = (6,352 - 10 n) / 784 n; the
+    measured networks are those of Figure 8, with masks of that exact count.
     Distances are means over pairs of different test images, pixels standardised as in training, and each image scaled
     to |x|^2 = d, as Eq. 4 has it: without that a few images with ink where the training images have none, up to 3,400
     times as large, would make up the mean (it is recorded as well, under "raw"). With each its standard error over
@@ -347,11 +366,7 @@ def fig8b_compute(s):
         series = kernels.kernel_distance(x, y, n, density(n), method="series")
         for name, values in zip(names, (bias + variance, bias, variance, series, raw * (bias + variance))):
             result[name].append(mean_and_error(values))
-        measured = []
-        for seed in range(KERNEL_SEEDS):
-            theta = kernels.measured_kernel(x, y, n, density(n), nn.generator(s.seed + seed, "kernel", n))
-            measured.append(np.mean((theta.diagonal() - infinite) ** 2))
-        result["measured"].append([float(np.mean(measured)), float(np.std(measured, ddof=1))])
+        result["measured"].append(measured_distance(s, n, x, y, infinite))
     prediction = kernels.gp_predict(kernels.infinite_kernel(train_x), dataset.train_labels,
                                     kernels.infinite_kernel(test_x, train_x), rng=nn.generator(s.seed, "gp"))
     result |= {"gp_test_acc": float(np.mean(prediction.labels == dataset.test_labels)), "gp_noise": prediction.noise,
@@ -387,9 +402,12 @@ def fig8b_draw(points, metric, computed):
     right.axhline(100 - 100 * computed["gp_test_acc"], color="gray", linestyle="-.",
                   label=f"infinite width (Gaussian process): {100 - 100 * computed['gp_test_acc']:.2f} %")
     at_trained = [exact[list(widths).index(n)] for n in trained]
-    rank = spearmanr(at_trained, errors).statistic if len(trained) > 2 else math.nan
+    learned = errors < 50  # at the last width next to nothing is learned, with or without a kernel
+    rank, rank_learned = (spearmanr(np.array(at_trained)[use], errors[use]).statistic if use.sum() > 2 else math.nan
+                          for use in (errors >= 0, learned))
     summary += [f"test error of the trained networks: least at width {trained[errors.argmin()]} ({errors.min():.2f} %)",
-                f"rank correlation of exact kernel distance and test error over {len(trained)} widths: {rank:.2f}",
+                f"rank correlation of exact kernel distance and test error over {len(trained)} widths: {rank:.2f}; "
+                f"over the {learned.sum()} whose error is below 50 %: {rank_learned:.2f}",
                 f"Gaussian process with the infinite-width kernel: test accuracy {percent(computed['gp_test_acc'])}"]
     for value, colour in ((widths[exact.argmin()], "C0"), (trained[errors.argmin()], "k")):
         left.axvline(value, color=colour, alpha=0.3, linewidth=4)
@@ -405,9 +423,10 @@ def fig8b_draw(points, metric, computed):
                            arrowprops=dict(arrowstyle="->"))
     handles = [h for ax in (left, right) for h in zip(*ax.get_legend_handles_labels())]
     left.legend(*zip(*handles), fontsize=8, loc="upper center")
-    figure.suptitle(f"Figure 8b. {first_line(points)}, {points[0].settings.budget:,} weights; "
-                    f"rank correlation {rank:.2f}\n{shown(points, metric)}; kernel: {computed['pairs']:,} pairs",
-                    fontsize=10)
+    figure.suptitle(f"Figure 8b. {first_line(points)}, {points[0].settings.budget:,} weights; rank correlation "
+                    f"{rank:.2f} ({rank_learned:.2f} without the last width)\n"
+                    f"{shown(points, metric)}, bars: deviation over seeds; kernel: {computed['pairs']:,} pairs,\n"
+                    "bars: standard error over pairs (theory), deviation over networks (measured)", fontsize=9)
     return figure, summary
 
 
@@ -422,8 +441,8 @@ EXPERIMENT = train.Experiment(
     schedule=lambda s: nn.ConstantLR(s.lr),
     figures={
         "width": train.Figure("accuracy over width at a fixed number of weights", width_runs, width_draw),
-        "fig5": train.Figure("accuracy over width and last-layer connectivity at 3,970 weights", fig5_runs,
-                             fig5_draw, fig5_paper),
+        "fig5": train.Figure("accuracy over width and last-layer connectivity at the base's number of weights",
+                             fig5_runs, fig5_draw, fig5_paper),
         "fig8": train.Figure("dense and sparse accuracy over width at 6,352 weights, NTK parameterisation", fig8_runs,
                              fig8_draw),
         "fig8b": train.Figure("kernel distance at initialisation and test error over width at 6,352 weights",

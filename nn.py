@@ -731,6 +731,12 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
 def whole_units(kept, units):
     """Round each count to a multiple of its unit, the total falling short by less than the largest unit."""
     rounded = [np.maximum(k // u, 1) * u for k, u in zip(kept, units)]
+    if np.sum(units) > np.sum(kept):
+        raise ValueError(f"cannot keep {np.sum(kept):,} weights in whole kernels: one in each layer makes "
+                         f"{np.sum(units):,}")
+    while np.sum(rounded) > np.sum(kept):  # layers that were saved from vanishing borrow from the largest
+        largest = int(np.argmax([r if r > u else 0 for r, u in zip(rounded, units)]))
+        rounded[largest] -= units[largest]
     order = sorted(range(len(kept)), key=lambda i: -((kept[i] - rounded[i]) / units[i]))
     while order:
         spare = int(np.sum(kept)) - int(np.sum(rounded))

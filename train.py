@@ -198,12 +198,16 @@ def read_json(path):
 def code_version():
     """A hash of the project's modules and, in a git checkout, the commit."""
     content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()[:12]
-    ask = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+
+    def git(*words):
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(ask, capture_output=True, text=True)
-    except OSError:
+        changed = " with changes" if git("status", "--porcelain", "--", "*.py") else ""
+        return f"{content} on commit {git('rev-parse', '--short', 'HEAD')}{changed}"
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no checkout
         return content
-    return f"{content} on commit {commit.stdout.strip()}" if commit.returncode == 0 else content
 
 
 def versions():
@@ -318,7 +322,10 @@ class Run:
         if not finite:
             self.write_log(progress)
             print(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; recorded as diverged")
-        return self.write_result(model, progress, diverged=not finite)
+        result = self.write_result(model, progress, diverged=not finite)
+        if stopped:  # asked to stop during the last evaluation: the run is done, but what would follow must not begin
+            raise SystemExit(128 + stopped[0])
+        return result
 
     def epoch(self, dataset, model, optimizer, lr, progress, stopped, bar):
         """Train to the end of the epoch at hand and evaluate; False if the loss is not finite."""
@@ -340,6 +347,7 @@ class Run:
                     begin = now
                     self.save_checkpoint(model, optimizer, progress)
                 if stopped:
+                    bar.write(f"stopped in epoch {progress.epoch + 1}; the same command goes on from here", sys.stderr)
                     raise SystemExit(128 + stopped[0])
         if not progress.finite():
             return False
@@ -635,8 +643,10 @@ def table(figure, points, metric, script):
     """Lines "paper / ours (mean, deviation, seeds) / command" of the points that are done or that the paper states."""
     yield f"{'paper':>12}  {f'ours: {metric} test accuracy':30}  command of the first seed"
     for p in points:
-        ours = f"{percent(p.mean(f'{metric}_test_acc'))} ± {100 * p.std(f'{metric}_test_acc'):.2f} ({len(p.results)})"
-        diverged = sum(r["diverged"] for r in p.results)
+        values = p.values(f"{metric}_test_acc")
+        spread = f" ± {100 * p.std(f'{metric}_test_acc'):.2f}" if len(values) > 1 else ""
+        ours = f"{percent(p.mean(f'{metric}_test_acc'))}{spread} ({len(values)})"
+        diverged = len(p.results) - len(values)
         ours = (ours if p.results else "missing") + (f", {diverged} diverged" if diverged else "")
         stated = figure.paper(p.settings)
         if p.results or stated:
@@ -652,8 +662,8 @@ def record_of(experiment, name, settings, runs, results, computed):
     keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
             "final_train_acc", "epochs", "seconds")
     rows = [{"data": s.data, "run": s.run_name(), **{k: r[k] for k in keep}} for s, r in zip(runs, results) if r]
-    made = next(r["config"]["versions"] for r in results if r)
-    head = {"figure": name, "shows": experiment.figures[name].help, "versions": made,
+    made = {json.dumps(r["config"]["versions"]): r["config"]["versions"] for r in results if r}
+    head = {"figure": name, "shows": experiment.figures[name].help, "versions": list(made.values()),
             "command": plot_command(experiment, name, settings)} | ({"computed": computed} if computed else {})
     return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
@@ -663,20 +673,19 @@ def record_path(experiment, name):
 
 
 def collect(experiment, name, runs):
-    """(results in the order of runs, where they come from): from OUT, or if it has none of them from results/."""
+    """(results in the order of runs, how many come from results/): from OUT, those absent there from the record."""
     results = [Run(experiment, s).result() for s in runs]
-    record = record_path(experiment, name)
-    if any(results) or not record.exists():
-        return results, f"{runs[0].out}/"
-    recorded = {(row["data"], row["run"]): row for row in read_json(record)["runs"]}
-    return [recorded.get((s.data, s.run_name())) for s in runs], str(record.relative_to(ROOT))
+    record = read_json(record_path(experiment, name)) or {"runs": []}
+    recorded = {(row["data"], row["run"]): row for row in record["runs"]}
+    found = [r or recorded.get((s.data, s.run_name())) for s, r in zip(runs, results)]
+    return found, sum(f is not r for f, r in zip(found, results))
 
 
-def computed_for(experiment, name, settings, source):
-    """What the figure shows beside runs: from the record if its runs are, from OUT if it is there, else computed."""
-    if source.startswith(RECORDS.name):
+def computed_for(experiment, name, settings, from_record):
+    """What the figure shows beside runs: from the record if any run is, from OUT if it is there, else computed."""
+    if from_record:
         return read_json(record_path(experiment, name))["computed"]
-    path = Path(settings.out, experiment.name, settings.data, f"{name}.json")
+    path = Path(settings.out, experiment.name, settings.data, f"{name},seed={settings.seed}.json")
     computed = read_json(path)
     if computed is None:
         computed = experiment.figures[name].compute(settings)
@@ -688,23 +697,32 @@ def plot(experiment, name, settings, metric, record):
     """Draw a figure from what is done, print its table, and say what is missing."""
     figure = experiment.figures[name]
     runs = figure.runs(settings)
-    results, source = collect(experiment, name, runs)
+    results, from_record = collect(experiment, name, runs)
     missing = sum(r is None for r in results)
     if missing == len(runs):
         recorded = read_json(record_path(experiment, name))
         hint = f", or draw the recorded ones: {recorded['command']}" if recorded else ""
         raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}{hint}")
+    if record and (missing or from_record):
+        raise UsageError(f"--record needs all {len(runs)} runs of {name} in {settings.out}, but "
+                         f"{missing + from_record} are not there; train them with --sweep {name}")
+    if all(r["diverged"] for r in results if r):
+        raise UsageError(f"all {len(runs) - missing} runs of {name} that are done have diverged; "
+                         "there is nothing to draw")
     grouped = points(runs, results)
-    computed = [computed_for(experiment, name, settings, source)] if figure.compute else []
+    computed = [computed_for(experiment, name, settings, from_record)] if figure.compute else []
     picture, summary = figure.draw(grouped, metric, *computed)
     print(*table(figure, grouped, metric, experiment.script), sep="\n")
     print(f"\n{name}: {figure.help}", *summary, sep="\n")
-    print(f"{len(runs) - missing} of {len(runs)} runs are done ({source})"
+    where = record_path(experiment, name).relative_to(ROOT)
+    print(f"{len(runs) - missing} of {len(runs)} runs are done"
+          + (f", {from_record} of them recorded in {where}" if from_record else "")
           + (f"; --list {name} names the others, --sweep {name} trains them" if missing else ""))
-    path = (RECORDS if record else Path(settings.out, experiment.name)) / f"{experiment.name}_{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = RECORDS if record else Path(settings.out, experiment.name, settings.data)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{experiment.name}_{name}.png"
     picture.savefig(path, dpi=150)
-    if record and not source.startswith(RECORDS.name):
+    if record:
         content = record_of(experiment, name, settings, runs, results, *computed or [None])
         write_whole(record_path(experiment, name), content)
     print(f"drawn to {path}")
@@ -745,13 +763,16 @@ def perform(experiment, settings, todo, argv):
             print(f"{s.run_name()}: {Run(experiment, s).status()}")
         print(f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done")
         return 0
-    nn.use_device(settings.device)
+    try:
+        nn.use_device(settings.device)
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
     if todo.dry_run:
         dry_run(experiment, runs)
         return 0
     if name and settings.jobs > 1 and not todo.worker:
         experiment.load(runs[0])  # what has to be downloaded or generated is so once, before the processes start
-        failed = sweep_in_processes(settings.jobs, sys.argv[0], argv)
+        failed = sweep_in_processes(min(settings.jobs, len(runs)), sys.argv[0], argv)
     elif name:
         failed = 1 if sweep([Run(experiment, s) for s in runs], todo.worker) else 0
     else:
@@ -778,7 +799,7 @@ def main(experiment, argv=None):
     try:
         settings, todo = parse(experiment, argv)
         return perform(experiment, settings, todo, argv)
-    except (UsageError, data.DataError, RuntimeError) as error:
+    except (UsageError, data.DataError) as error:
         print(f"{experiment.script}: {error}", file=sys.stderr)
         return 2
     except OSError as error:

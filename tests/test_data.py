@@ -26,6 +26,12 @@ FILES = {"train-images-idx3-ubyte": idx(IMAGES), "train-labels-idx1-ubyte": idx(
          "t10k-images-idx3-ubyte": idx(IMAGES[:5]), "t10k-labels-idx1-ubyte": idx(LABELS[:5])}
 
 
+@pytest.fixture(autouse=True)
+def small_mnist(monkeypatch):
+    """Twenty training and five test images count as the whole of MNIST here."""
+    monkeypatch.setattr(data, "MNIST_COUNTS", {"train": 20, "t10k": 5})
+
+
 def write_files(folder, packed=False, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in FILES.items():
@@ -57,6 +63,7 @@ BROKEN = {
     "too long": (WHOLE + b"\0", "goes on after its data"),
     "huge claim": (b"\x00\x00\x08\x03" + struct.pack(">3I", 2**31, 2**31, 2**31), "is cut short"),
     "no images": (idx(np.zeros((0, 28, 28))), "has 20 labels"),
+    "other size": (idx(np.zeros((20, 14, 14))), "holds images of 20x14x14 instead of 20x28x28"),
 }
 
 
@@ -129,6 +136,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append((manner, start))
         if manner == "missing":
             return self.send_error(404)
+        if manner == "garbage":
+            return self.wfile.write(b"this is no HTTP\r\n\r\n")
         content = CONTENT
         if manner == "flipped":
             content = CONTENT[:1000] + bytes([CONTENT[1000] ^ 1]) + CONTENT[1001:]
@@ -159,8 +168,8 @@ def whole(path):
     return hashlib.md5(data.read_bytes(path, 2**30)).digest() == hashlib.md5(gzip.decompress(CONTENT)).digest()
 
 
-@pytest.mark.parametrize("manners", [["good"], ["missing", "good"], ["flipped", "good"], ["html", "good"], ["cut"],
-                                     ["norange"]])
+@pytest.mark.parametrize("manners", [["good"], ["missing", "good"], ["flipped", "good"], ["html", "good"],
+                                     ["garbage", "good"], ["cut"], ["norange"]])
 def test_download_ends_with_the_verified_file(tmp_path, server, manners):
     path = tmp_path / "new" / "file.gz"
     data.download([server.url(m) for m in manners], path, whole)

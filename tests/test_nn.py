@@ -429,6 +429,13 @@ def test_io_only_removes_whole_kernels():
                 assert (kernels.all(-1) | ~kernels.any(-1)).all()
 
 
+def test_whole_kernels_at_the_limit():
+    assert sum(nn.whole_units([3, 3, 30], [9, 9, 9])) == 36
+    assert nn.whole_units([9, 9], [9, 9]) == [9, 9]
+    with pytest.raises(ValueError, match="cannot keep 30 weights in whole kernels: one in each layer makes 90"):
+        nn.whole_units([3] * 10, [9] * 10)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kept", [900, 300, 40])  # the dense product, the CSR product, kept entries only
 @pytest.mark.parametrize("rule", [{}, dict(momentum=0.9, weight_decay=5e-4, nesterov=True)])

@@ -124,7 +124,7 @@ def test_networks_are_trained_in_training_mode_and_evaluated_in_evaluation_mode(
     run = train.Run(replace(mlp.EXPERIMENT, build=build), replace(settings, epochs=2))
     with run.lock():
         run.train(bar=False)
-    assert modes == ([True] * 6 + [False] * 4) * 2  # 600 images in batches of 100, 4,000 test images in batches of 1,000
+    assert modes == ([True] * 6 + [False] * 4) * 2  # 600 images by 100, 4,000 by 1,000
 
 
 def test_same_seed_same_bits_and_other_seeds_differ(settings, tmp_path):
@@ -289,8 +289,8 @@ def test_figures_have_the_papers_runs():
 
 def test_tuned_learning_rates_are_those_of_the_record():
     runs = mlp.fig8_lr_runs(mlp.Settings())
-    results, source = train.collect(mlp.EXPERIMENT, "fig8_lr", [replace(r, out="nowhere") for r in runs])
-    assert source.startswith("results") and all(results)
+    results, recorded = train.collect(mlp.EXPERIMENT, "fig8_lr", [replace(r, out="nowhere") for r in runs])
+    assert recorded == len(runs) and all(results)
     assert mlp.tuned(train.points(runs, results)) == mlp.FIG8_LR
 
 
@@ -350,6 +350,8 @@ def test_a_failed_run_does_not_stop_the_sweep(settings, capsys):
     (["--lr", "nan"], "--lr must be a number of at least 0, not nan"),
     (["--data", "imagenot"], "--data is one of mnist, synthetic, not imagenot"),
     (["--last", "1.5"], "--last is a fraction of at most 1, not 1.5"),
+    (["--last", "0.5", "--how", "proportional"], "--last fixes what each layer keeps, so --how proportional"),
+    (["--last", "0.0001"], "keeps none of the last layer's 800 weights"),
     (["--last", "0.5", "--width", "5"], "leaves 3,945 of 3,970 weights to a first layer of 3,920"),
     (["--sweep", "fig99"], "there is no figure 'fig99'; there are"),
     (["--list", "fig5", "--plot", "fig5"], "only one of --sweep, --list and --plot"),
@@ -395,17 +397,37 @@ def test_list_plot_and_record(settings, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "results" / "mlp_mnist_width.png"
     assert picture.stat().st_size > 10_000
     record = json.loads(picture.with_suffix(".json").read_text())
-    assert len(record["runs"]) == 13 and record["versions"]["numpy"] == np.__version__
+    assert len(record["runs"]) == 13 and [v["numpy"] for v in record["versions"]] == [np.__version__]
     # the same table comes from the record when the runs themselves are gone
     assert train.main(mlp.EXPERIMENT, [*words[:4], "--out", str(tmp_path / "none"), *words[6:], "--plot", "width"]) == 0
     again = capsys.readouterr().out
     assert "results/mlp_mnist_width.json" in again
     assert drawn.split("\n\n")[0] == again.split("\n\n")[0]
+    # a part of the runs is completed from the record, and cannot take its place
+    part = str(tmp_path / "part")
+    trained(replace(settings, width=5, limit=300, epochs=1, out=part))
+    words[5] = part
+    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "width"]) == 0
+    assert "13 of 13 runs are done, 12 of them recorded in results/" in capsys.readouterr().out
+    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "width", "--record"]) == 2
+    assert "--record needs all 13 runs" in capsys.readouterr().err
     # with other settings the recorded ones are pointed to
     assert record["command"].startswith("python exp_mlp_mnist.py --plot width --data synthetic --epochs 1 --limit 300")
     other = ["--data", "synthetic", "--plot", "width", "--out", str(tmp_path / "none")]
     assert train.main(mlp.EXPERIMENT, other) == 2
     assert record["command"] in capsys.readouterr().err
+
+
+def test_a_figure_of_diverged_runs_says_so(settings, capsys):
+    words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--limit", "2048",
+             "--epochs", "2", "--seeds", "1"]
+    assert train.main(mlp.EXPERIMENT, [*words, "--lr", "1e30", "--sweep", "width"]) == 0
+    assert train.main(mlp.EXPERIMENT, [*words, "--lr", "1e30", "--plot", "width"]) == 2
+    assert "all 13 runs of width that are done have diverged" in capsys.readouterr().err
+    runs = mlp.fig8_lr_runs(replace(settings, limit=0, seeds=1))
+    with_one = [{"diverged": i == 0, "best_test_acc": 0.5, "weights": 1} if i < 2 else None for i in range(len(runs))]
+    picture, summary = mlp.fig8_lr_draw(train.points(runs, with_one), "best")
+    assert summary == ["FIG8_LR = {(True, 8): 16.0}"]
 
 
 def test_partial_figures_say_what_is_missing(settings, capsys):
@@ -453,7 +475,7 @@ def test_figure_8b_from_training_to_picture(settings, monkeypatch, capsys):
     assert train.main(mlp.EXPERIMENT, [*words, "--plot", "fig8b"]) == 0
     out = capsys.readouterr().out
     assert "exact (Theorem 1): least at width" in out and "rank correlation" in out
-    computed = train.read_json(Path(settings.out, "mlp_mnist", "synthetic", "fig8b.json"))
+    computed = train.read_json(Path(settings.out, "mlp_mnist", "synthetic", "fig8b,seed=0.json"))
     assert computed["densities"][0] == 1 and computed["densities"][-1] == pytest.approx(2 / (784 * 635))
     exact, measured = (np.array(computed[name])[:, 0] for name in ("exact", "measured"))
     spread = np.array(computed["measured"])[:, 1] / computed["networks"] ** 0.5
