@@ -315,24 +315,28 @@ def fig8b_runs(s):
     return [run for run in fig8_runs(s) if not run.dense or run.width == 8]
 
 
-def measured_distance(s, width, x, y, infinite):
-    """[mean, deviation] over the networks of Figure 8, as they are before training, of the mean squared distance of
-    their kernel (1/nd) sum_k relu(u_k x) relu(u_k y) from the infinite one, for pairs x, y (pairs, INPUTS).
+def measured_distances(s, width, density, x, y, infinite):
+    """Mean squared distances from the infinite kernel over pairs x, y (pairs, INPUTS), of networks before training:
+    [mean, deviation] over the networks of Figure 8, and over networks that keep each weight independently, as the
+    theory has it.
     """
-    distances = []
+    trained, independent = [], []
     for seed in range(s.seed, s.seed + KERNEL_SEEDS):
         u = nn.to_host(build(replace(fig8_at(s, width, False, lr=1.0), seed=seed), None)[1].weight.data)
         theta = (np.maximum(x @ u.T, 0) * np.maximum(y @ u.T, 0)).sum(1) / (width * INPUTS)
-        distances.append(np.mean((theta - infinite) ** 2))
-    return [float(np.mean(distances)), float(np.std(distances, ddof=1))]
+        trained.append(np.mean((theta - infinite) ** 2))
+        theta = kernels.measured_kernel(x, y, width, density, nn.generator(seed, "kernel", width)).diagonal()
+        independent.append(np.mean((theta - infinite) ** 2))
+    return [[float(np.mean(d)), float(np.std(d, ddof=1))] for d in (trained, independent)]
 
 
 def fig8b_compute(s):
     """How far the kernel of the sparse networks of Figure 8 is from the infinite-width one, over their width.
 
     The kernel is that of the first layer, whose mask keeps an exact number of its weights since the last layer is
-    dense: 6,352 - 10 n of 784 n. The theory keeps each weight with this probability, p = (6,352 - 10 n) / 784 n; the
-    measured networks are those of Figure 8, with masks of that exact count.
+    dense: 6,352 - 10 n of 784 n. The theory keeps each weight with this probability, p = (6,352 - 10 n) / 784 n, and so
+    do the networks of "measured independent"; those of Figure 8, "measured", keep exactly that many, which makes
+    their kernel vary a little less where weights are few.
     Distances are means over pairs of different test images, pixels standardised as in training, and each image scaled
     to |x|^2 = d, as Eq. 4 has it: without that a few images with ink where the training images have none, up to 3,400
     times as large, would make up the mean (it is recorded as well, under "raw"). With each its standard error over
@@ -355,7 +359,7 @@ def fig8b_compute(s):
     def mean_and_error(values):
         return [float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)]
 
-    names = ("exact", "bias", "variance", "series", "raw", "measured")
+    names = ("exact", "bias", "variance", "series", "raw", "measured", "measured independent")
     result = {"pairs": KERNEL_PAIRS, "networks": KERNEL_SEEDS, "widths": KERNEL_WIDTHS,
               "densities": [density(n) for n in KERNEL_WIDTHS],
               "formula": [float(kernels.kernel_distance_formula(n, density(n), INPUTS)) for n in KERNEL_WIDTHS],
@@ -366,7 +370,9 @@ def fig8b_compute(s):
         series = kernels.kernel_distance(x, y, n, density(n), method="series")
         for name, values in zip(names, (bias + variance, bias, variance, series, raw * (bias + variance))):
             result[name].append(mean_and_error(values))
-        result["measured"].append(measured_distance(s, n, x, y, infinite))
+        trained, independent = measured_distances(s, n, density(n), x, y, infinite)
+        result["measured"].append(trained)
+        result["measured independent"].append(independent)
     prediction = kernels.gp_predict(kernels.infinite_kernel(train_x), dataset.train_labels,
                                     kernels.infinite_kernel(test_x, train_x), rng=nn.generator(s.seed, "gp"))
     result |= {"gp_test_acc": float(np.mean(prediction.labels == dataset.test_labels)), "gp_noise": prediction.noise,

@@ -477,9 +477,11 @@ def test_figure_8b_from_training_to_picture(settings, monkeypatch, capsys):
     assert "exact (Theorem 1): least at width" in out and "rank correlation" in out
     computed = train.read_json(Path(settings.out, "mlp_mnist", "synthetic", "fig8b,seed=0.json"))
     assert computed["densities"][0] == 1 and computed["densities"][-1] == pytest.approx(2 / (784 * 635))
-    exact, measured = (np.array(computed[name])[:, 0] for name in ("exact", "measured"))
-    spread = np.array(computed["measured"])[:, 1] / computed["networks"] ** 0.5
+    exact, measured = (np.array(computed[name])[:, 0] for name in ("exact", "measured independent"))
+    spread = np.array(computed["measured independent"])[:, 1] / computed["networks"] ** 0.5
     assert (abs(exact - measured)[:-1] < 4 * spread[:-1]).all()  # the last width: nearly always a kernel of zeros
+    networks = np.array(computed["measured"])[:-1]
+    assert (abs(exact[:-1] - networks[:, 0]) < 3 * networks[:, 1]).all()
     bias, variance = (np.array(computed[name])[:, 0] for name in ("bias", "variance"))
     np.testing.assert_allclose(bias + variance, exact, rtol=1e-9)
     assert 0.1 < computed["gp_test_acc"] <= 1
