@@ -724,7 +724,7 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
         mask = np.zeros(w.size // unit, bool)
         mask[generator(seed, "mask", index).choice(len(mask), kept[index] // unit, replace=False)] = True
         layer.reset(generator(seed, "weights", index), density=kept[index] / w.size)
-        w.set_mask(None if mask.all() else np.repeat(mask, unit).reshape(w.shape))
+        w.set_mask(None if mask.all() else np.repeat(mask, unit).reshape(w.shape))  # (units,) -> (out, in, ...)
     return kept
 
 
@@ -774,7 +774,7 @@ class SGD:
         for i, p in enumerate(self.params):
             if p.grad is None:
                 continue
-            w, g = p.data.reshape(-1), p.grad.reshape(-1)
+            w, g = p.data.reshape(-1), p.grad.reshape(-1)  # (size,), views
             part = slice(None) if p.kept is None else p.kept
             g = g[part]
             if self.weight_decay:

@@ -330,6 +330,22 @@ def test_a_run_that_was_finished_while_we_waited_for_its_lock_is_not_trained_aga
     assert train.sweep([run], worker=True) == 0 and not answers
 
 
+def test_a_stop_during_the_last_evaluation_of_a_run_ends_the_sweep(settings, monkeypatch):
+    runs = [train.Run(mlp.EXPERIMENT, replace(settings, seed=i)) for i in range(2)]
+    real, calls = train.evaluate, []
+
+    def evaluate(*args):
+        calls.append(1)
+        if len(calls) == settings.epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(SystemExit) as stop:
+        train.sweep(runs, worker=True)
+    assert stop.value.code == 143 and [run.done() for run in runs] == [True, False]
+
+
 def test_a_failed_run_does_not_stop_the_sweep(settings, capsys):
     runs = [train.Run(mlp.EXPERIMENT, replace(settings, seed=i)) for i in range(3)]
     runs[1].folder.mkdir(parents=True)
