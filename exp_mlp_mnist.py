@@ -204,7 +204,7 @@ def fig8_lr_runs(s):
 def tuned(points, metric="best"):
     """{(dense, width): the learning rate of the highest mean accuracy on held-out images, with no seed diverged}"""
     best = {}
-    for p in (p for p in points if len(p.values("weights")) == len(p.results)):
+    for p in (p for p in points if len(p.finished) == len(p.results)):
         key, accuracy = (p.settings.dense, p.settings.width), p.mean(f"{metric}_test_acc")
         if math.isfinite(accuracy) and accuracy > best.get(key, (-1, None))[0]:
             best[key] = accuracy, p.settings.lr
@@ -219,7 +219,7 @@ def first_line(points):
 
 def shown(points, metric):
     """What a figure's numbers are: "best test accuracy over 100 epochs, mean of 3 seeds"."""
-    s, seeds = points[0].settings, {len(p.values("weights")) for p in points if p.values("weights")}
+    s, seeds = points[0].settings, {len(p.finished) for p in points if p.finished}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     what = {"best": "best test accuracy over", "final": "test accuracy after"}[metric]
     return f"{what} {s.epochs} epochs, {'mean of ' + count + ' seeds' if max(seeds) > 1 else '1 seed'}"
@@ -233,7 +233,7 @@ def lines_draw(points, metric, title):
     ax = figure.subplots()
     base = points[0].settings.base_width
     budget = (INPUTS + CLASSES) * base
-    done = [p for p in points if p.values("weights")]
+    done = [p for p in points if p.finished]
     summary = []
     for dense, label, style in ((False, f"sparse: {budget:,} weights at every width", "o-"),
                                 (True, "dense: all weights of its width", "s--")):
@@ -262,7 +262,7 @@ def lines_draw(points, metric, title):
     ax.set(xlabel="width (hidden units)", ylabel=f"{metric} test accuracy, %")
     ax.grid(alpha=0.3)
     ax.legend()
-    bars = "; bars: standard deviation over seeds" if any(len(p.values("weights")) > 1 for p in points) else ""
+    bars = "; bars: standard deviation over seeds" if any(len(p.finished) > 1 for p in points) else ""
     ax.set_title(f"{title}\n{shown(points, metric)}{bars}", fontsize=10)
     return figure, summary
 
@@ -282,7 +282,7 @@ def fig8_lr_draw(points, metric):
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     chosen = tuned(points, metric)
-    top = max((p.mean(f"{metric}_test_acc") for p in points if p.values("weights")), default=1)
+    top = max((p.mean(f"{metric}_test_acc") for p in points if p.finished), default=1)
     for ax, dense in zip(axes, (True, False)):
         for i, width in enumerate(FIG8_WIDTHS):
             line = [p for p in points if (p.settings.dense, p.settings.width) == (dense, width) and p.results]
@@ -400,7 +400,7 @@ def fig8b_draw(points, metric, computed):
                       markersize=4)
         summary.append(f"kernel distance, {label}: least at width {widths[mean.argmin()]} "
                        f"({mean.min():.3g}; exact there {exact[mean.argmin()]:.3g})")
-    done = sorted((p for p in points if p.values("weights")), key=lambda p: p.settings.width)
+    done = sorted((p for p in points if p.finished), key=lambda p: p.settings.width)
     trained = np.array([p.settings.width for p in done])
     errors = np.array([100 - 100 * p.mean(f"{metric}_test_acc") for p in done])
     right.errorbar(trained, errors, [100 * p.std(f"{metric}_test_acc") for p in done], fmt="ks-", capsize=3,

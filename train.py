@@ -615,9 +615,14 @@ class Point:
     settings: Settings
     results: tuple
 
+    @property
+    def finished(self):
+        """The results of the runs that reached the end: those that did not diverge."""
+        return [r for r in self.results if not r["diverged"]]
+
     def values(self, name):
         """This quantity of every run that reached the end."""
-        return [r[name] for r in self.results if not r["diverged"]]
+        return [r[name] for r in self.finished]
 
     def mean(self, name):
         return float(np.mean(self.values(name))) if self.values(name) else math.nan
@@ -643,10 +648,9 @@ def table(figure, points, metric, script):
     """Lines "paper / ours (mean, deviation, seeds) / command" of the points that are done or that the paper states."""
     yield f"{'paper':>12}  {f'ours: {metric} test accuracy':30}  command of the first seed"
     for p in points:
-        values = p.values(f"{metric}_test_acc")
-        spread = f" ± {100 * p.std(f'{metric}_test_acc'):.2f}" if len(values) > 1 else ""
-        ours = f"{percent(p.mean(f'{metric}_test_acc'))}{spread} ({len(values)})"
-        diverged = len(p.results) - len(values)
+        count, diverged = len(p.finished), len(p.results) - len(p.finished)
+        spread = f" ± {100 * p.std(f'{metric}_test_acc'):.2f}" if count > 1 else ""
+        ours = f"{percent(p.mean(f'{metric}_test_acc'))}{spread} ({count})"
         ours = (ours if p.results else "missing") + (f", {diverged} diverged" if diverged else "")
         stated = figure.paper(p.settings)
         if p.results or stated:

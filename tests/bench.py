@@ -25,6 +25,7 @@ def ours(width):
 
     import data
     import nn
+    import train
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (EXAMPLES, 1, 28, 28), np.uint8)
@@ -36,10 +37,7 @@ def ours(width):
     optimizer = nn.SGD(model.parameters(), lr=0.1)
 
     def step():
-        x, y = next(batches)
-        nn.cross_entropy(model(nn.Tensor(x)), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train.train_step(model, optimizer, *next(batches))
 
     return step
 
