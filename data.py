@@ -1,7 +1,7 @@
 """Data sets: find or download, verify, normalise, batch.
 
-    dataset = load("mnist", "data", limit=2048)         # or "synthetic": generated, needs no network and no files
-    for x, y in dataset.train_batches(100, seed=0, epoch=0): ...
+    dataset = load("cifar10", "data").augmented()         # or "synthetic": generated, needs no network and no files
+    for x, y in dataset.train_batches(128, seed=0, epoch=0): ...
 
 Images are kept as bytes (N, C, H, W) and become float32 a batch at a time: a quarter of the memory traffic of a
 float copy of the data set, and measured faster for it. Every fault of a file is a DataError of one sentence.
@@ -11,9 +11,11 @@ import gzip
 import hashlib
 import http.client
 import os
+import tarfile
 import urllib.error
 import urllib.request
-import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +37,7 @@ class Dataset:
     """Images (N, C, H, W) of uint8 with labels (N,) of int64; a network sees image * scale + shift (float32).
 
     scale, shift: arrays that broadcast to (C, H, W).
+    padding, flip: how training images vary, see `augmented`.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Dataset:
     test_labels: np.ndarray
     scale: np.ndarray
     shift: np.ndarray
+    padding: int = 0
+    flip: bool = False
 
     shape = property(lambda self: self.train_images.shape[1:])
 
@@ -53,24 +58,43 @@ class Dataset:
         arrays = {k: nn.xp.asarray(v) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **arrays)
 
+    def augmented(self, padding=4, flip=True):
+        """Training images become random crops of their own size from the image with `padding` black pixels on each
+        side, then, with `flip`, mirrored left to right half of the time; test images stay as they are.
+        """
+        return replace(self, padding=padding, flip=flip)
+
     def train_batches(self, batch, seed, epoch, start=0):
         """(x, y) of the training set in an order that depends on (seed, epoch) alone, from batch `start` on.
 
-        The array x is used again for the next batch.
+        x (batch, C, H, W) of float32, y (batch,) of int64; the last batch may be smaller. A batch is valid until the
+        next one is asked for: its memory is used again. Crops and flips depend on (seed, epoch) alone as well.
         """
-        order = nn.generator(seed, "batches", epoch).permutation(len(self.train_labels))
-        return self.batches(self.train_images, self.train_labels, nn.xp.asarray(order), batch, start)
+        count = len(self.train_labels)
+        order = nn.xp.asarray(nn.generator(seed, "batches", epoch).permutation(count))
+        if not self.padding and not self.flip:
+            return self.batches(self.train_images, self.train_labels, order, batch, start)
+        ends = [[2 * self.padding + 1], [2 * self.padding + 1], [1 + self.flip]]
+        draws = nn.xp.asarray(nn.generator(seed, "augment", epoch).integers(0, ends, (3, count)))
+        batches = self.batches(self.train_images, self.train_labels, order, batch, start, draws)
+        return ahead(batches) if nn.xp is np else batches  # a GPU works ahead of Python by itself
 
     def test_batches(self, batch):
+        """(x, y) of the test set in its own order; x and y as those of train_batches."""
         return self.batches(self.test_images, self.test_labels, nn.xp.arange(len(self.test_labels)), batch)
 
-    def batches(self, images, labels, order, batch, start=0):
+    def batches(self, images, labels, order, batch, start=0, draws=None):
+        """draws: (3, N) of integers, what `cropped` needs for each place in the order; None for images as they are."""
         raw = nn.xp.empty((min(batch, len(order)), *images.shape[1:]), np.uint8)
-        out = nn.xp.empty(raw.shape, np.float32)
-        for first in range(start * batch, len(order), batch):
+        # `ahead` fills one array while the other is in use; without it a second one would only take cache
+        buffers = [nn.xp.empty(raw.shape, np.float32) for _ in range(1 if draws is None else 2)]
+        for number, first in enumerate(range(start * batch, len(order), batch)):
             rows = order[first : first + batch]
-            x, bytes_ = out[: len(rows)], raw[: len(rows)]
-            x[...] = nn.gather(images, rows, out=bytes_)
+            pixels = nn.gather(images, rows, out=raw[: len(rows)])
+            if draws is not None:
+                pixels = cropped(pixels, self.padding, *draws[:, first : first + batch])
+            x = buffers[number % len(buffers)][: len(rows)]
+            x[...] = pixels
             x *= self.scale
             x += self.shift
             yield x, labels[rows]
@@ -103,16 +127,116 @@ class Dataset:
                        test_images=self.train_images[keep:], test_labels=self.train_labels[keep:])
 
 
-NAMES = ("mnist", "synthetic")
+def cropped(images, padding, top, left, mirrored):
+    """From each image (N, C, H, W), with `padding` zeros on each side, the H x W pixels that begin at row `top` and
+    column `left`, both (N,) in 0..2 padding, read from right to left where `mirrored` (N,) is not 0.
+    """
+    N, C, H, W = images.shape
+    padded = nn.xp.zeros((N, C, H + 2 * padding, W + 2 * padding), images.dtype)
+    padded[:, :, padding : padding + H, padding : padding + W] = images
+    n, c, h, w = padded.strides
+    windows = nn.xp.lib.stride_tricks.as_strided(  # sliding_window_view, which in CuPy waits for the GPU
+        padded, (N, C, 2 * padding + 1, 2 * padding + 1, H, W), (n, c, h, w, h, w))
+    crops = windows[nn.xp.arange(N), :, top, left]  # (N, C, H, W)
+    return nn.xp.where(mirrored[:, None, None, None] != 0, crops[..., ::-1], crops)
+
+
+def ahead(batches):
+    """The items of a generator, each prepared by a thread while the one before it is in use.
+
+    The generator runs on when an item is handed out, so it may then overwrite all but that item. Its exceptions are
+    raised here; when this generator is closed or forgotten, the thread ends with the item at hand.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        end = object()
+        coming = thread.submit(next, batches, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, batches, end)
+            yield item
+
+
+NAMES = ("mnist", "cifar10", "cifar100", "svhn", "synthetic")
 
 
 def load(name, folder):
-    """The data set of this name from `folder`; MNIST is downloaded there if it is absent, synthetic generated."""
-    if name == "mnist":
-        return mnist(folder)
-    if name == "synthetic":
-        return synthetic(folder)
-    raise DataError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
+    """The data set of this name from `folder`; what is absent is downloaded there, synthetic generated."""
+    if name not in NAMES:
+        raise DataError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
+    return dict(zip(NAMES, (mnist, cifar10, cifar100, svhn, synthetic)))[name](folder)
+
+
+def normalized(name, classes, train, test, mean, std):
+    """The Dataset of two pairs (images, labels), normalised by each channel's mean and deviation of image / 255."""
+    one = np.ones(1, np.float32)
+    mean, std = np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))  # (C,) -> (C, 1, 1)
+    return Dataset(name, classes, *train, *test, one, one).standardized(mean, std)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def find(folder, subfolders, names):
+    """The first of these files that exists in one of these subfolders ("": the folder itself), or None."""
+    paths = (Path(folder, sub, name) for sub in subfolders for name in names)
+    return next((path for path in paths if path.exists()), None)
+
+
+def find_or_download(folder, subfolders, names, mirrors, verify):
+    """The path of the file as `find` finds it; if it is absent, its last name is downloaded to the first subfolder."""
+    path = find(folder, subfolders, names)
+    if path is None:
+        path = Path(folder, subfolders[0], names[-1])
+        download([mirror + names[-1] for mirror in mirrors], path, verify)
+    return path
+
+
+def md5_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+@contextmanager
+def reading(path, kind):
+    """Whatever goes wrong while this file is read becomes a DataError that names it and the kind it should be of."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # readers of a format raise what they happen to trip over, not only their own errors
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(f"{path} is not a whole {kind}: {reason}") from None
+
+
+@contextmanager
+def whole_or_not(path):
+    """A file open for writing that gets the name `path` only when everything is written and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_size(path, have, want, what):
+    """Raise DataError unless a file has the number of bytes that its contents, `what`, make."""
+    if have != want:
+        kind = "is cut short" if have < want else "goes on after its data"
+        raise DataError(f"{path} {kind}: {what} make {want:,} bytes, it has {have:,}")
+
+
+def check_labels(path, labels, first, last):
+    """Raise DataError for a label that is not one of the whole numbers from `first` to `last`."""
+    wrong = ~np.isin(labels, np.arange(first, last + 1))
+    if wrong.any():
+        where = int(np.argmax(wrong))
+        raise DataError(f"{path} has label {labels[where]} at position {where}, "
+                        f"but labels go from {first} to {last}")
 
 
 # ---------------------------------------------------------------------------------------------- MNIST
@@ -136,34 +260,25 @@ def mnist(folder, mirrors=MNIST_MIRRORS):
 
     Its four IDX files, plain or gzip, lie in folder/mnist or in folder; absent ones are downloaded.
     """
-    paths = {}
-    for name, md5 in MNIST_FILES.items():
-        candidates = [Path(folder, *sub, name + end) for sub in (("mnist",), ()) for end in ("", ".gz")]
-        present = [path for path in candidates if path.exists()]
-        paths[name] = present[0] if present else Path(folder, "mnist", name + ".gz")
-        if not present:
-            download([mirror + name + ".gz" for mirror in mirrors], paths[name],
-                     verify=lambda path: hashlib.md5(read_bytes(path, 2**26)).hexdigest() == md5)
-    (train_images, train_labels), (test_images, test_labels) = (
+    paths = {
+        name: find_or_download(
+            folder, ("mnist", ""), (name, name + ".gz"), mirrors,
+            verify=lambda path, md5=md5: hashlib.md5(read_bytes(path, 2**26)).hexdigest() == md5)
+        for name, md5 in MNIST_FILES.items()
+    }
+    train, test = (
         read_idx_pair(paths[f"{part}-images-idx3-ubyte"], paths[f"{part}-labels-idx1-ubyte"], 10, (count, 28, 28))
         for part, count in MNIST_COUNTS.items()
     )
-    one = np.ones(1, np.float32)
-    return Dataset("mnist", 10, train_images, train_labels, test_images, test_labels, one, one).standardized(
-        [[[0.1307]]], [[[0.3081]]])
+    return normalized("mnist", 10, train, test, 0.1307, 0.3081)
 
 
 def read_bytes(path, limit):
     """The contents of a plain or gzip file, at most `limit` bytes of them."""
-    try:
-        with open(path, "rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            return (gzip.GzipFile(fileobj=raw) if packed else raw).read(limit)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is not a whole gzip file: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    with reading(path, "gzip file"), open(path, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        return (gzip.GzipFile(fileobj=raw) if packed else raw).read(limit)
 
 
 def read_idx(path, ndim):
@@ -171,8 +286,7 @@ def read_idx(path, ndim):
 
     The format: 4 bytes 0, 0, 8 (unsigned bytes), ndim; ndim big-endian 32-bit sizes; the entries.
     """
-    limit = 2**30
-    content = read_bytes(path, limit)
+    content = read_bytes(path, 2**30)
     magic = bytes((0, 0, 8, ndim))
     if content[:4] != magic:
         raise DataError(f"{path} is not an IDX file of {ndim}-dimensional bytes: it begins with "
@@ -182,10 +296,7 @@ def read_idx(path, ndim):
         raise DataError(f"{path} ends within its header of {header} bytes")
     shape = [int(n) for n in np.frombuffer(content, ">u4", ndim, 4)]
     expected = header + int(np.prod(shape, dtype=object))
-    if len(content) != expected:
-        kind = "is cut short" if len(content) < expected else "goes on after its data"
-        raise DataError(f"{path} {kind}: {'x'.join(map(str, shape))} entries make {expected:,} bytes, "
-                        f"it has {'at least ' if len(content) == limit else ''}{len(content):,}")
+    check_size(path, len(content), expected, f"{'x'.join(map(str, shape))} entries")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -197,11 +308,124 @@ def read_idx_pair(images_path, labels_path, classes, shape):
     if images.shape != shape:
         have, want = ("x".join(map(str, s)) for s in (images.shape, shape))
         raise DataError(f"{images_path} holds images of {have} instead of {want}")
-    if labels.max() >= classes:
-        where = int(np.argmax(labels >= classes))
-        raise DataError(f"{labels_path} has label {labels[where]} at position {where}, "
-                        f"but labels go from 0 to {classes - 1}")
+    check_labels(labels_path, labels, 0, classes - 1)
     return images[:, None], labels.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------- CIFAR, SVHN
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+CIFAR_MD5 = {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+             "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}
+CIFAR10_COUNTS = {**{f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}, "test_batch.bin": 10_000}
+CIFAR100_COUNTS = {"train.bin": 50_000, "test.bin": 10_000}
+SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
+SVHN_FILES = {"train_32x32.mat": (73_257, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+              "test_32x32.mat": (26_032, "eb5a983be6a315427106f1b164d9cef3")}
+
+
+def cifar10(folder, mirrors=(CIFAR_URL,)):
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images of 3 x 32 x 32, 10 classes.
+
+    The six files of its binary version lie in folder/cifar-10-batches-bin, folder/cifar10 or folder; absent ones are
+    unpacked from the archive, which is downloaded if it is not in the folder. What is there need not be the original
+    (re-encoded copies exist), so it is checked for its structure.
+    """
+    train, test = read_cifar("cifar10", folder, mirrors, "cifar-10-binary.tar.gz", "cifar-10-batches-bin",
+                             CIFAR10_COUNTS, label_bytes=1, classes=10)
+    return normalized("cifar10", 10, train, test, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def cifar100(folder, mirrors=(CIFAR_URL,)):
+    """CIFAR-100: as CIFAR-10, with 100 classes (the fine labels); train.bin and test.bin in folder/cifar-100-binary,
+    folder/cifar100 or folder.
+    """
+    train, test = read_cifar("cifar100", folder, mirrors, "cifar-100-binary.tar.gz", "cifar-100-binary",
+                             CIFAR100_COUNTS, label_bytes=2, classes=100)
+    return normalized("cifar100", 100, train, test, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def read_cifar(name, folder, mirrors, archive, unpacked, counts, label_bytes, classes):
+    """(images, labels) of the training and of the test set; counts: {file: records}, the test set's file last."""
+    record = label_bytes + 3 * 32 * 32
+    places = (unpacked, name, "")
+    absent = {f"{unpacked}/{file}": n * record for file, n in counts.items() if not find(folder, places, (file,))}
+    if absent:
+        packed = find_or_download(folder, ("", name), (archive,), mirrors,
+                                  verify=lambda path: md5_of(path) == CIFAR_MD5[archive])
+        unpack(packed, absent, folder)
+    *train, test = (read_records(find(folder, places, (file,)), n, label_bytes, classes) for file, n in counts.items())
+    return [np.concatenate(parts) for parts in zip(*train)], test
+
+
+def read_records(path, count, label_bytes, classes):
+    """Images (N, 3, 32, 32) and labels (N,) of a file of records: labels of a byte each, the last of which is the
+    finest, then 3 x 32 x 32 bytes.
+    """
+    record = label_bytes + 3 * 32 * 32
+    with reading(path, "CIFAR file"), open(path, "rb") as file:
+        check_size(path, os.fstat(file.fileno()).st_size, count * record, f"{count:,} records of {record:,} bytes")
+        records = np.fromfile(file, np.uint8).reshape(count, record)
+    labels = records[:, label_bytes - 1].astype(np.int64)
+    check_labels(path, labels, 0, classes - 1)
+    return np.ascontiguousarray(records[:, label_bytes:]).reshape(count, 3, 32, 32), labels  # (N, 3072) -> images
+
+
+def unpack(archive, sizes, folder):
+    """Write these members of a tar.gz, {name: bytes}, to folder/name; no other member is read or written.
+
+    DataError unless each is there once, as a regular file of that size, and the archive is whole.
+    """
+    with reading(archive, "tar.gz file"), gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        members = [member for member in tar if member.name in sizes]
+        while stream.read(2**20):  # to the end, where gzip keeps the checksum
+            pass
+        for name, size in sizes.items():
+            found = [member for member in members if member.name == name]
+            if len(found) != 1:
+                raise DataError(f"{archive} holds {len(found)} members called {name} instead of one")
+            if not found[0].isreg() or found[0].issparse():
+                raise DataError(f"{archive} holds {name} as a link, device or the like instead of a regular file")
+            if found[0].size != size:
+                raise DataError(f"{archive} holds {name} with {found[0].size:,} bytes instead of {size:,}")
+        contents = {member.name: tar.extractfile(member).read() for member in members}
+    for name, content in contents.items():
+        with whole_or_not(Path(folder, name)) as file:
+            file.write(content)
+
+
+def svhn(folder, mirrors=(SVHN_URL,)):
+    """SVHN (Netzer et al. 2011), cropped digits: 73,257 training and 26,032 test images of 3 x 32 x 32.
+
+    Its two .mat files lie in folder/svhn or in folder; absent ones are downloaded.
+    """
+    train, test = (
+        read_mat(find_or_download(folder, ("svhn", ""), (name,), mirrors,
+                                  verify=lambda path, md5=md5: md5_of(path) == md5), count)
+        for name, (count, md5) in SVHN_FILES.items()
+    )
+    return normalized("svhn", 10, train, test, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+
+
+def read_mat(path, count):
+    """Images (N, 3, 32, 32) and labels (N,) of an SVHN file: X (32, 32, 3, N) of uint8, y (N, 1) with 10 for digit 0.
+    """
+    import scipy.io
+
+    want = {"X": (32, 32, 3, count), "y": (count, 1)}
+    with reading(path, ".mat file"):  # the headers first: nothing is loaded before its size is known to be right
+        have = [(name, shape) for name, shape, _ in scipy.io.whosmat(path, appendmat=False) if name in want]
+        if sorted(have) != sorted(want.items()):
+            have, need = (" and ".join(f"{name} of {'x'.join(map(str, shape))}" for name, shape in pairs)
+                          for pairs in (have, want.items()))
+            raise DataError(f"{path} holds {have or 'neither X nor y'} instead of {need}")
+        arrays = scipy.io.loadmat(path, appendmat=False, variable_names=list(want))
+        images, labels = arrays["X"], arrays["y"]
+        if images.dtype != np.uint8 or labels.dtype.kind not in "uif":
+            raise DataError(f"{path} holds X of {images.dtype} and y of {labels.dtype} instead of uint8 and a number")
+        labels = labels.reshape(count)  # (N, 1) -> (N,)
+    check_labels(path, labels, 1, 10)
+    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10  # (H, W, C, N) -> images
 
 
 # ---------------------------------------------------------------------------------------------- download
@@ -308,17 +532,11 @@ def synthetic(folder, side=28, channels=1, train=20_000, test=4_000, seed=0):
             raise ValueError
     except Exception:  # absent, cut short or damaged in any way: make it again
         images, labels = draw_digits(train + test, side, channels, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
+        with whole_or_not(path) as file:
             np.savez(file, images=images, labels=labels)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     x = images[:train] / np.float32(255)
-    one = np.ones(1, np.float32)
-    dataset = Dataset("synthetic", 10, images[:train], labels[:train], images[train:], labels[train:], one, one)
-    return dataset.standardized(x.mean(axis=(0, 2, 3), keepdims=True)[0], x.std(axis=(0, 2, 3), keepdims=True)[0])
+    train, test = (images[:train], labels[:train]), (images[train:], labels[train:])
+    return normalized("synthetic", 10, train, test, x.mean(axis=(0, 2, 3)), x.std(axis=(0, 2, 3)))
 
 
 def draw_digits(count, side, channels, seed):

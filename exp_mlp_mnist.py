@@ -22,7 +22,7 @@ import data
 import kernels
 import nn
 import train
-from train import percent, setting
+from train import over_seeds, percent, setting, shown, subject
 
 INPUTS, CLASSES = 784, 10  # of every data set here: 28 x 28 pixels, ten digits
 
@@ -31,6 +31,7 @@ INPUTS, CLASSES = 784, 10  # of every data set here: 28 x 28 pixels, ten digits
 class Settings(train.Settings):
     """The protocol of Figure 5 unless changed: SGD, batch 100, learning rate 0.1, 300 epochs, biases."""
 
+    data: str = setting("mnist", "data set", choices=("mnist", "synthetic"))
     width: int = setting(80, "hidden units", least=1)
     base_width: int = setting(5, "the network keeps as many weights as a dense one of this width", least=1)
     dense: bool = setting(False, "keep all weights of this width instead")
@@ -114,11 +115,6 @@ FIG8_LR = {  # (dense, width): chosen by fig8_lr
 }
 
 
-def over_seeds(s, runs, default):
-    """Every run with seeds s.seed, s.seed + 1, ...; as many as --seeds says, else the figure's default."""
-    return [replace(run, seed=s.seed + i) for run in runs for i in range(s.seeds or default)]
-
-
 def fig5_runs(s):
     cells = [replace(s, width=w, last=c, activation=a)
              for a in ("relu", "linear") for w in FIG5_WIDTHS for c in FIG5_LAST]
@@ -163,7 +159,7 @@ def fig5_draw(points, metric):
         ax.set_xlabel("width")
     axes[0].set_ylabel("connectivity of the last layer")
     figure.colorbar(image, ax=axes, label="test accuracy, %", extend="min")
-    figure.suptitle(f"{first_line(points)}, {points[0].settings.budget:,} weights: {shown(points, metric)}")
+    figure.suptitle(f"{subject(points)}, {points[0].settings.budget:,} weights: {shown(points, metric)}")
     return figure, summary
 
 
@@ -211,20 +207,6 @@ def tuned(points, metric="best"):
     return {key: lr for key, (_, lr) in best.items()}
 
 
-def first_line(points):
-    s = points[0].settings
-    return {"mnist": "MNIST", "synthetic": "Synthetic digits"}[s.data] + (
-        f", first {s.limit:,} training images" if s.limit else "")
-
-
-def shown(points, metric):
-    """What a figure's numbers are: "best test accuracy over 100 epochs, mean of 3 seeds"."""
-    s, seeds = points[0].settings, {len(p.finished) for p in points if p.finished}
-    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    what = {"best": "best test accuracy over", "final": "test accuracy after"}[metric]
-    return f"{what} {s.epochs} epochs, {'mean of ' + count + ' seeds' if max(seeds) > 1 else '1 seed'}"
-
-
 def lines_draw(points, metric, title):
     """Accuracy over width, dense and sparse, with standard deviations over seeds."""
     from matplotlib.figure import Figure
@@ -268,11 +250,11 @@ def lines_draw(points, metric, title):
 
 
 def width_draw(points, metric):
-    return lines_draw(points, metric, f"{first_line(points)}: wider at a fixed number of weights")
+    return lines_draw(points, metric, f"{subject(points)}: wider at a fixed number of weights")
 
 
 def fig8_draw(points, metric):
-    return lines_draw(points, metric, f"Figure 8a. {first_line(points)}: NTK parameterisation, tuned learning rates")
+    return lines_draw(points, metric, f"Figure 8a. {subject(points)}: NTK parameterisation, tuned learning rates")
 
 
 def fig8_lr_draw(points, metric):
@@ -302,7 +284,7 @@ def fig8_lr_draw(points, metric):
         if ax.lines:
             ax.legend(fontsize=8, loc="lower center", ncols=2)
     axes[0].set_ylabel("accuracy on held-out training images, %")
-    figure.suptitle(f"{first_line(points)}: {shown(points, metric).replace('test', 'held-out')}; stars: chosen")
+    figure.suptitle(f"{subject(points)}: {shown(points, metric).replace('test', 'held-out')}; stars: chosen")
     return figure, [f"FIG8_LR = {chosen}"]
 
 
@@ -429,7 +411,7 @@ def fig8b_draw(points, metric, computed):
                            arrowprops=dict(arrowstyle="->"))
     handles = [h for ax in (left, right) for h in zip(*ax.get_legend_handles_labels())]
     left.legend(*zip(*handles), fontsize=8, loc="upper center")
-    figure.suptitle(f"Figure 8b. {first_line(points)}, {points[0].settings.budget:,} weights; rank correlation "
+    figure.suptitle(f"Figure 8b. {subject(points)}, {points[0].settings.budget:,} weights; rank correlation "
                     f"{rank:.2f} ({rank_learned:.2f} without the last width)\n"
                     f"{shown(points, metric)}, bars: deviation over seeds; kernel: {computed['pairs']:,} pairs,\n"
                     "bars: standard error over pairs (theory), deviation over networks (measured)", fontsize=9)

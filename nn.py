@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+import conv
+
 # ---------------------------------------------------------------------------------------------- arrays
 
 xp = np  # the array module of every operation below: numpy, or cupy after use_device("gpu")
@@ -430,6 +432,126 @@ def cross_entropy(logits, labels):
     return result(loss, (logits,), pull)
 
 
+# ---------------------------------------------------------------------------------------------- images
+
+
+def engine():
+    """The module that works on images in arrays of xp."""
+    if xp is not np:
+        raise RuntimeError("images are convolved on the CPU only: use --device cpu")
+    return conv
+
+
+def conv2d(x, w, stride=1, padding=0):
+    """y[n,o,i,j] = sum over c,k,l of w[o,c,k,l] x[n,c, stride i + k - padding, stride j + l - padding]
+
+    x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W'), H' = (H + 2 padding - kh) // stride + 1. Raises ValueError for
+    shapes that do not fit. The gradients are convolutions too: see conv.py.
+    """
+    engine_ = engine()
+
+    def pull(g):
+        return (engine_.input_gradient(g, w.data, x.shape, stride, padding) if x.requires_grad else None,
+                engine_.weight_gradient(g, x.data, w.shape, stride, padding) if w.requires_grad else None)
+
+    return result(engine_.forward(x.data, w.data, stride, padding), (x, w), pull)
+
+
+def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.1, eps=1e-5, add=None, relu=False):
+    """weight (x - mean) / sqrt(var + eps) + bias by channel of x (N, C, H, W), + add, then max(., 0) if relu is set.
+
+    training: mean and biased variance of the batch; the running estimates (C,) move towards its mean and unbiased
+    variance by `momentum`, in place. Otherwise the running estimates are used. As in PyTorch.
+    With add (N, C, H, W) and relu, the end of a residual block is one pass over the images instead of three.
+    """
+    engine_ = engine()
+    if training:
+        n = x.size // len(running_mean)
+        if n < 2:
+            raise ValueError(f"batch_norm needs more than one value for each channel, not {x.shape}")
+        mean, var = engine_.statistics(x.data)
+        running_mean += momentum * (mean - running_mean)
+        running_var += momentum * (var * (n / (n - 1)) - running_var)
+    else:
+        mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
+    deviation = (var + eps) ** 0.5
+    scale = weight.data / deviation
+    out = engine_.normalize(x.data, scale, bias.data - mean * scale, None if add is None else add.data, relu)
+
+    def pull(g):
+        separate = add is not None and add.requires_grad
+        dx, dweight, dbias, dadd = engine_.batch_norm_backward(
+            g, x.data, out if relu else None, weight.data, mean, deviation, training, separate)
+        grads = dx if x.requires_grad else None, dweight.astype(weight.dtype), dbias.astype(bias.dtype)
+        return grads if add is None else (*grads, dadd)
+
+    parents = (x, weight, bias) if add is None else (x, weight, bias, add)
+    return result(out, parents, pull)
+
+
+def windows(x, size, stride, padding=0, outside=0):
+    """size^2 views of x (N, C, H, W): the entry (i, j) of every window; and the padded array that they look into."""
+    if stride < 1 or not 0 <= padding <= size // 2 or min(x.shape[2:]) + 2 * padding < size:
+        raise ValueError(f"windows of {size}x{size} with stride {stride} and padding {padding} "
+                         f"do not fit images of {x.shape[2]}x{x.shape[3]}")
+    N, C, H, W = x.shape
+    if padding:
+        full = xp.full((H + 2 * padding, C, W + 2 * padding, N), outside, x.dtype).transpose(3, 1, 0, 2)
+        full[:, :, padding : padding + H, padding : padding + W] = x
+        x = full
+    h, w = ((n - size) // stride * stride + 1 for n in x.shape[2:])
+    return [x[:, :, i : i + h : stride, j : j + w : stride] for i in range(size) for j in range(size)], x
+
+
+def avg_pool2d(x, size, stride=None, padding=0):
+    """Mean over windows of size x size, padding counted as zeros:  dx = g / size^2, summed over windows"""
+    stride = stride or size
+    views, _ = windows(x.data, size, stride, padding)
+    out = views[0].copy("K")
+    for view in views[1:]:
+        out += view
+    out *= 1 / size**2
+
+    def pull(g):
+        dx = xp.zeros_like(x.data)
+        views, full = windows(dx, size, stride, padding)
+        for view in views:
+            view += g * (1 / size**2)
+        return (inside(full, dx.shape, padding),)
+
+    return result(out, (x,), pull)
+
+
+def inside(full, shape, padding):
+    return full[:, :, padding : padding + shape[2], padding : padding + shape[3]]
+
+
+def max_pool2d(x, size, stride=None, padding=0):
+    """Largest entry of windows of size x size:  dx = g there, to the first of equals as in PyTorch"""
+    stride = stride or size
+    views, _ = windows(x.data, size, stride, padding, -math.inf)
+    out = views[0].copy("K")
+    for view in views[1:]:
+        xp.maximum(out, view, out=out)
+
+    def pull(g):
+        views, _ = windows(x.data, size, stride, padding, -math.inf)
+        targets, full = windows(xp.zeros_like(x.data), size, stride, padding)
+        waiting = xp.ones(out.shape, bool)
+        for view, target in zip(views, targets):
+            here = waiting & (view == out)
+            waiting &= ~here
+            target += g * here
+        return (inside(full, x.shape, padding),)
+
+    return result(out, (x,), pull)
+
+
+def global_avg_pool(x):
+    """Mean over each image: (N, C, H, W) -> (N, C)"""
+    return mean(x, axis=(2, 3))
+
+
 # ---------------------------------------------------------------------------------------------- layers
 
 
@@ -496,8 +618,8 @@ class Module:
 
     training = True
 
-    def __call__(self, x):
-        return self.forward(x)
+    def __call__(self, *inputs, **options):
+        return self.forward(*inputs, **options)
 
     def children(self):
         """(name, part) for the parts of this module, in order."""
@@ -609,6 +731,36 @@ class Linear(Layer):
 class ReLU(Module):
     def forward(self, x):
         return relu(x)
+
+
+class Conv2d(Layer):
+    """conv2d with a square kernel; weight (out_channels, in_channels, k, k), bias (out_channels,) or None."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, dtype=np.float32,
+                 rng=None):
+        self.weight = Parameter(xp.empty((out_channels, in_channels, kernel_size, kernel_size), dtype))
+        self.bias = Parameter(xp.empty(out_channels, dtype)) if bias else None
+        self.stride, self.padding = stride, padding
+        self.reset(rng or np.random.default_rng())
+
+    def forward(self, x):
+        y = conv2d(x, self.weight, self.stride, self.padding)
+        return y if self.bias is None else y + reshape(self.bias, -1, 1, 1)  # (O,) -> (O, 1, 1)
+
+
+class BatchNorm2d(Module):
+    """batch_norm over images (N, C, H, W) with weight 1 and bias 0 at first. forward(x, add, relu) does what often
+    follows it in the same pass: the addition of `add` and a ReLU.
+    """
+
+    def __init__(self, channels, eps=1e-5, momentum=0.1, dtype=np.float32):
+        self.weight, self.bias = Parameter(xp.ones(channels, dtype)), Parameter(xp.zeros(channels, dtype))
+        self.running_mean, self.running_var = xp.zeros(channels, dtype), xp.ones(channels, dtype)
+        self.eps, self.momentum = eps, momentum
+
+    def forward(self, x, add=None, relu=False):
+        return batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, self.training,
+                          self.momentum, self.eps, add, relu)
 
 
 class Flatten(Module):

@@ -232,6 +232,7 @@ class Experiment:
     load(settings) -> data.Dataset; build(settings, dataset) -> nn.Module with weights and masks drawn;
     optimizer(settings, parameters) -> nn.SGD; schedule(settings) -> learning rate of an epoch.
     quick: the settings that --quick changes; quick_figure: what it sweeps and draws if no width is given.
+    test_batch: images evaluated at a time.
     """
 
     name: str
@@ -246,6 +247,7 @@ class Experiment:
     quick: dict
     quick_help: str
     quick_figure: str
+    test_batch: int = 1000
 
 
 class Run:
@@ -352,7 +354,7 @@ class Run:
         if not progress.finite():
             return False
         bar.set_description(progress.description(s.epochs), refresh=False)
-        test_loss, test_acc = evaluate(model, dataset.test_batches(1000))
+        test_loss, test_acc = evaluate(model, dataset.test_batches(self.experiment.test_batch))
         progress.seconds += time.monotonic() - begin
         progress.end_epoch(lr, test_loss, test_acc)
         return True
@@ -516,7 +518,7 @@ def estimate(run, steps=20):
         if len(timed) == steps:
             break
     begin = time.perf_counter()
-    x, labels = next(dataset.test_batches(1000))
+    x, labels = next(dataset.test_batches(run.experiment.test_batch))
     evaluate(model, [(x, labels)])
     testing = (time.perf_counter() - begin) * len(dataset.test_labels) / len(labels)
     seconds = s.epochs * (float(np.median(timed)) * math.ceil(len(dataset.train_labels) / s.batch) + testing)
@@ -598,7 +600,8 @@ class Figure:
 
     runs(settings) -> the Settings of every run it shows; draw(points, metric) -> (matplotlib Figure, [lines that
     sum it up]); paper(settings) -> what the paper says of these settings (None: nothing); compute(settings) -> what
-    it shows beside runs, as a dict that draw gets as a third argument: kept in OUT and in the record.
+    it shows beside runs, as a dict that draw gets as a third argument: kept in OUT and in the record. trained: whether
+    it shows what comes out of the runs; otherwise it only needs their settings and can be drawn at once.
     """
 
     help: str
@@ -606,6 +609,7 @@ class Figure:
     draw: typing.Callable
     paper: typing.Callable = lambda settings: None
     compute: typing.Callable | None = None
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -638,6 +642,30 @@ def points(runs, results):
     for settings, result in zip(runs, results):
         groups.setdefault(replace(settings, seed=0), []).append((settings, result))
     return [Point(group[0][0], tuple(r for _, r in group if r)) for group in groups.values()]
+
+
+def over_seeds(settings, runs, default):
+    """Every run with the seeds from settings.seed on; as many as --seeds says, else `default`."""
+    return [replace(run, seed=settings.seed + i) for run in runs for i in range(settings.seeds or default)]
+
+
+TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN",
+          "synthetic": "Synthetic digits"}
+
+
+def subject(points):
+    """What a figure is about: "MNIST, first 2,048 training images"."""
+    s = points[0].settings
+    return TITLES[s.data] + (f", first {s.limit:,} training images" if s.limit else "")
+
+
+def shown(points, metric, what="test"):
+    """What a figure's numbers are: "best test accuracy over 100 epochs, mean of 3 seeds"."""
+    s, seeds = points[0].settings, {len(p.finished) for p in points if p.finished}
+    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    epochs = f"{s.epochs} epochs" if s.epochs > 1 else "1 epoch"
+    name = {"best": f"best {what} accuracy over", "final": f"{what} accuracy after"}[metric]
+    return f"{name} {epochs}, {'mean of ' + count + ' seeds' if max(seeds) > 1 else '1 seed'}"
 
 
 def percent(fraction):
@@ -703,14 +731,14 @@ def plot(experiment, name, settings, metric, record):
     runs = figure.runs(settings)
     results, from_record = collect(experiment, name, runs)
     missing = sum(r is None for r in results)
-    if missing == len(runs):
+    if figure.trained and missing == len(runs):
         recorded = read_json(record_path(experiment, name))
         hint = f", or draw the recorded ones: {recorded['command']}" if recorded else ""
         raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}{hint}")
-    if record and (missing or from_record):
+    if figure.trained and record and (missing or from_record):
         raise UsageError(f"--record needs all {len(runs)} runs of {name} in {settings.out}, but "
                          f"{missing + from_record} are not there; train them with --sweep {name}")
-    if all(r["diverged"] for r in results if r):
+    if figure.trained and all(r["diverged"] for r in results if r):
         raise UsageError(f"all {len(runs) - missing} runs of {name} that are done have diverged; "
                          "there is nothing to draw")
     grouped = points(runs, results)
@@ -719,9 +747,10 @@ def plot(experiment, name, settings, metric, record):
     print(*table(figure, grouped, metric, experiment.script), sep="\n")
     print(f"\n{name}: {figure.help}", *summary, sep="\n")
     where = record_path(experiment, name).relative_to(ROOT)
-    print(f"{len(runs) - missing} of {len(runs)} runs are done"
-          + (f", {from_record} of them recorded in {where}" if from_record else "")
-          + (f"; --list {name} names the others, --sweep {name} trains them" if missing else ""))
+    if figure.trained:
+        print(f"{len(runs) - missing} of {len(runs)} runs are done"
+              + (f", {from_record} of them recorded in {where}" if from_record else "")
+              + (f"; --list {name} names the others, --sweep {name} trains them" if missing else ""))
     folder = RECORDS if record else Path(settings.out, experiment.name, settings.data)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{experiment.name}_{name}.png"
@@ -759,6 +788,8 @@ def perform(experiment, settings, todo, argv):
         plot(experiment, todo.plot, settings, todo.metric, todo.record)
         return 0
     name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list
+    if name and not experiment.figures[name].trained:
+        raise UsageError(f"{name} needs no training; --plot {name} draws it")
     runs = experiment.figures[name].runs(settings) if name else [settings]
     for s in runs:
         s.check()

@@ -1,0 +1,519 @@
+"""Convolution and BatchNorm of images on the CPU, in NumPy, at the speed of a tuned library.
+
+Images are (N, C, H, W) to the user; their memory is ordered (H, C, W, N), like PyTorch's channels_last by strides
+alone, with a border of zeros kept around it. Then, with no copy at all,
+- "rows": rows y .. y+k of one horizontal shift are a (k C, W N) matrix whatever k, since the strides of a row and of
+  a channel line up. A k x k convolution is k matrix products an output row, one for each shift; the weight gradient
+  is the product of the same matrices; the input gradient is the same convolution of the output gradient.
+- "tiles", for 3 x 3 kernels with many channels: Winograd's F(4x4, 3x3) (Lavin and Gray 2016, arXiv 1509.09308) needs
+  36 products of (O, C) matrices for 16 outputs instead of 144. Its transforms are matrix products as well.
+A stride s splits the image into s x s phases, and each is a convolution without stride.
+"""
+
+import functools
+import itertools
+import math
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from threadpoolctl import ThreadpoolController
+
+# ---------------------------------------------------------------------------------------------- threads and memory
+
+@functools.cache
+def threads():
+    """(how many threads to use, a pool of all but the calling one); from then on BLAS itself uses one.
+
+    As many as BLAS was allowed (OPENBLAS_NUM_THREADS). Its own threads go on spinning for a while after each product
+    and would take the cores from ours.
+    """
+    blas = ThreadpoolController().select(user_api="blas")
+    count = max([library["num_threads"] for library in blas.info()], default=os.cpu_count())
+    blas.limit(limits=1)
+    return count, ThreadPoolExecutor(max(1, count - 1), initializer=np.setbufsize, initargs=(BUFFER,))
+
+
+BUFFER = 512  # NumPy copies operands with rows shorter than its buffer (8,192 entries) into it: 3 times as slow
+
+
+WORTH = 4e7  # multiplications from which two threads are faster than one, for Python lets only one call NumPy at a time
+
+
+def parallel(work, count, cost):
+    """[work(first, last)] of as many parts of range(count) as there are threads, of one if the cost is small."""
+    workers, pool = threads()
+    parts = min(workers, count) if cost >= WORTH else 1
+    edges = [count * i // parts for i in range(parts + 1)]
+    others = [pool.submit(work, *edge) for edge in zip(edges[1:], edges[2:])]
+    before = np.setbufsize(BUFFER)
+    try:
+        results = [work(edges[0], edges[1])]
+    finally:
+        np.setbufsize(before)
+    return results + [other.result() for other in others]
+
+
+class Buffer(np.ndarray):
+    """Memory of an array that goes back to a store when the last view of it is gone.
+
+    Fresh memory costs a page fault every 4 KiB, together as much as a pass over the array; a training step
+    asks for the same sizes again and again. halo: the width of the border of zeros around the interior.
+    """
+
+    STORED, LIMIT = {}, 2**30  # key: [memory], bytes of it in all
+    stored = 0
+    key, halo = None, 0
+
+    def __del__(self):
+        if self.key is not None and Buffer.stored + self.nbytes <= Buffer.LIMIT:
+            Buffer.stored += self.nbytes
+            Buffer.STORED.setdefault(self.key, []).append(self.base)
+
+
+def scratch(shape, dtype, halo=0):
+    """An array of this shape with undefined contents; with a halo, (H, C, W, N) inside a border of zeros."""
+    H, *rest = shape
+    if halo:
+        C, W, N = rest
+        shape = H + 2 * halo, C, W + 2 * halo, N
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    key = (shape, np.dtype(dtype), halo) if halo else nbytes
+    stored = Buffer.STORED.get(key)
+    if stored:
+        memory = stored.pop()
+        Buffer.stored -= nbytes
+    else:
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # pages of 2 MiB
+            memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            memory = mmap.mmap(-1, max(nbytes, 1))
+    buffer = Buffer(shape, dtype, memory)
+    buffer.key, buffer.halo = key, halo
+    return np.asarray(buffer)  # a plain view: its base, and that of all its views, is the buffer
+
+
+def empty(shape, dtype, halo=1):
+    """An array (N, C, H, W) in the engine's order with undefined contents inside a border of zeros."""
+    N, C, H, W = shape
+    full = scratch((H, C, W, N), dtype, halo)
+    return images(full[halo : halo + H, :, halo : halo + W])
+
+
+def rows(x):
+    """(N, C, H, W) -> (H, C, W, N), a view"""
+    return x.transpose(2, 1, 3, 0)
+
+
+def images(x):
+    """(H, C, W, N) -> (N, C, H, W), a view"""
+    return x.transpose(3, 1, 0, 2)
+
+
+def bordered(x, top, bottom, left, right):
+    """(N, C, H, W) as (top + H + bottom, C, left + W + right, N) with zeros around it, negative sizes cutting off.
+
+    A view where x lies in a wide enough border of zeros, else a copy. Rows of a channel are contiguous.
+    """
+    x = rows(x)
+    H, C, W, N = x.shape
+    buffer, need = x.base, max(top, bottom, left, right)
+    if need <= 0 and x.strides[2:] == (N * x.itemsize, x.itemsize):
+        return x[-top : H + bottom, :, -left : W + right]
+    if isinstance(buffer, Buffer) and need <= buffer.halo:
+        halo, full = buffer.halo, np.asarray(buffer)
+        inner = full[halo : halo + H, :, halo : halo + W]
+        if inner.__array_interface__ == x.__array_interface__ and full.shape == (H + 2 * halo, C, W + 2 * halo, N):
+            return full[halo - top : halo + H + bottom, :, halo - left : halo + W + right]
+    out = scratch((top + H + bottom, C, left + W + right, N), x.dtype)
+    for edge in (out[:max(top, 0)], out[top + H :], out[:, :, :max(left, 0)], out[:, :, left + W :]):
+        edge[...] = 0
+    inner = x[max(-top, 0) : H + min(bottom, 0), :, max(-left, 0) : W + min(right, 0)]
+    out[max(top, 0) :, :, max(left, 0) :][: len(inner), :, : inner.shape[2]] = inner
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+SMALL = 10**6  # OpenBLAS multiplies matrices of up to this many products without packing them: twice as fast if narrow
+BLOCK = 2**18  # entries worked on at a time, so that they stay in a core's second-level cache
+
+
+def taps(k, stride):
+    """(phase, [phase, phase + stride, ...]) of a kernel axis: these entries meet the rows phase, phase + stride, ..."""
+    return [(phase, list(range(phase, k, stride))) for phase in range(min(k, stride))]
+
+
+def phases(x, kernel, stride, padding):
+    """(rows of the padded image, kernel rows, kernel columns that meet it) of each phase of x (N, C, H, W)."""
+    x = bordered(x, padding, padding, padding, padding)
+    for (top, ys), (left, xs) in itertools.product(taps(kernel[0], stride), taps(kernel[1], stride)):
+        part = x[top::stride, :, left::stride]
+        yield part if stride == 1 else np.ascontiguousarray(part), ys, xs
+
+
+def pieces(products, W):
+    """Into how many pieces to cut rows of W columns for one `products` a row to become several SMALL ones."""
+    return next((cut for cut in range(1, W + 1) if W % cut == 0 and products <= SMALL * cut), 1)
+
+
+def matrices(x, column, k, H, W, cut):
+    """Rows y .. y + k of x (H + k - 1, C, W', N), W columns from `column` on: views (H, cut, k C, W N / cut)."""
+    x = x[:, :, column : column + W]
+    C, N = x.shape[1], x.shape[3]
+    assert k == 1 or x.strides[0] == C * x.strides[1], x.strides  # else rows of channels do not line up
+    strides = x.strides[0], W // cut * x.strides[2], x.strides[1], x.itemsize
+    return as_strided(x, (H, cut, k * C, W // cut * N), strides)
+
+
+def add_products(pairs, out):
+    """out (H, O, W, N) = sum over pairs of a (O, K) @ b (H, cut, K, n), a block of rows at a time."""
+    H, O, W, N = out.shape
+    cut = pairs[0][1].shape[1]
+    target = matrices(out, 0, 1, H, W, cut)
+    block = max(1, BLOCK // (O * W * N))
+
+    def work(first, last):
+        product = scratch((block, *target.shape[1:]), out.dtype)
+        for y in range(first, last, block):
+            part = slice(y, min(y + block, last))
+            (a, b), *more = pairs
+            np.matmul(a, b[part], out=target[part])
+            for a, b in more:
+                target[part] += np.matmul(a, b[part], out=product[: part.stop - y])
+
+    parallel(work, H, np.sum([a.size for a, _ in pairs]) * H * W * N)
+
+
+def rows_forward(x, w, stride, padding, y):
+    (O, C, *kernel), (H, W), N = w.shape, y.shape[2:], len(x)
+    cut = pieces(O * C * -(-kernel[0] // stride) * W * N, W)
+    pairs = [(w[:, :, ys, kx].transpose(0, 2, 1).reshape(O, -1),  # (O, C, k) -> (O, k C)
+              matrices(source, column, len(ys), H, W, cut))
+             for source, ys, xs in phases(x, kernel, stride, padding) for column, kx in enumerate(xs)]
+    add_products(pairs, rows(y))
+
+
+def rows_weight_gradient(g, x, stride, padding, dw):
+    (O, C, *kernel), (H, W), N = dw.shape, g.shape[2:], len(x)
+    cut = pieces(O * C * -(-kernel[0] // stride) * W * N, W)
+    a = matrices(bordered(g, 0, 0, 0, 0), 0, 1, H, W, cut)  # (H, cut, O, n)
+    block = max(1, BLOCK // (C * W * N))
+    for source, ys, xs in phases(x, kernel, stride, padding):
+        for column, kx in enumerate(xs):
+            b = matrices(source, column, len(ys), H, W, cut).transpose(0, 1, 3, 2)  # (H, cut, n, k C)
+
+            def work(first, last):
+                return np.sum([np.matmul(a[y : min(y + block, last)], b[y : min(y + block, last)]).sum((0, 1))
+                               for y in range(first, last, block)], axis=0)
+
+            total = np.sum(parallel(work, H, dw.size * H * W * N), axis=0)
+            dw[:, :, ys, kx] = total.reshape(O, len(ys), C).transpose(0, 2, 1)  # (O, k C) -> (O, C, k)
+
+
+def rows_input_gradient(g, w, stride, padding, dx):
+    """Each phase of dx is a convolution of g with the kernel entries that meet it, in reverse order."""
+    (O, C, *kernel), N = w.shape, len(g)
+    if stride > np.min(kernel):
+        dx[...] = 0  # phases that no kernel entry meets
+
+    def axis(phase, entries, size, size_out):
+        """(first row of dx, how many, zeros to put before and after g's rows)"""
+        skip = max(0, -(-(padding - phase) // stride))  # rows of this phase that lie in the padding
+        first = skip * stride + phase - padding
+        count = len(range(first, size, stride))
+        return first, count, len(entries) - 1 - skip, skip + count - size_out
+
+    for (top, ys), (left, xs) in itertools.product(taps(kernel[0], stride), taps(kernel[1], stride)):
+        (i, H, *vertical), (j, W, *horizontal) = (
+            axis(*a) for a in ((top, ys, dx.shape[2], g.shape[2]), (left, xs, dx.shape[3], g.shape[3])))
+        if H < 1 or W < 1:
+            continue
+        source = bordered(g, *vertical, *horizontal)
+        cut = pieces(O * C * len(ys) * W * N, W)
+        pairs = [(w[:, :, ys[::-1], kx].transpose(1, 2, 0).reshape(C, -1),  # (O, C, k) -> (C, k O)
+                  matrices(source, column, len(ys), H, W, cut)) for column, kx in enumerate(xs[::-1])]
+        out = rows(dx) if stride == 1 else scratch((H, C, W, N), g.dtype)
+        add_products(pairs, out)
+        if stride > 1:
+            rows(dx)[i::stride, :, j::stride] = out
+
+
+# ---------------------------------------------------------------------------------------------- tiles
+
+
+def winograd(m, r, points):
+    """A (n, m), G (n, r), B (n, n), n = m + r - 1, with  sum_k d[i+k] w[k] = (A^T ((G w) * (B^T d)))[i].
+
+    A and G evaluate polynomials at n - 1 points and infinity, B^T is the transposed inverse of such an evaluation
+    (Toom-Cook multiplication, transposed).
+    """
+    def evaluate(k):
+        return np.array([[p**j for j in range(k)] for p in points] + [[0] * (k - 1) + [1]], np.float64)
+
+    return evaluate(m), evaluate(r), np.linalg.inv(evaluate(m + r - 1))  # B^T = (V^-1)^T
+
+
+A, G, B = winograd(4, 3, (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2))  # rounding errors 2.2 times smaller than of 0, 1, -1, 2, -2
+G2 = np.kron(G, G)  # (36, 9)
+TILES_FROM = 24  # channels on both sides from which the transforms are cheaper than the products they save
+
+
+def kernels_to_tiles(w):
+    """G w G^T: (O, C, 3, 3) -> (6, 6, O, C)"""
+    U, G_, w9 = scratch((36, w.shape[0] * w.shape[1]), w.dtype), G2.astype(w.dtype), w.reshape(-1, 9).T  # (9, O C)
+    parallel(lambda first, last: np.matmul(G_[first:last], w9, out=U[first:last]), 36, 324 * U.shape[1])
+    return U.reshape(6, 6, *w.shape[:2])
+
+
+def kernels_from_tiles(U, w):
+    """w = G^T U G: (36, O, C) -> (O, C, 3, 3)"""
+    w, U, GT = w.reshape(-1, 9), U.reshape(36, -1), G2.T.astype(w.dtype)
+
+    def work(first, last):
+        w[first:last] = (GT @ U[:, first:last]).T  # (9, O C) -> (O C, 9)
+
+    parallel(work, len(w), 324 * len(w))
+
+
+def to_tiles(T, d, V, half):
+    """V = T d T^T of tiles side by side, every fourth column one: V (6, 6, C, tile, N) from d (t, C, W, N).
+
+    T (6, t) is B^T for the six rows and columns that a tile of four outputs needs, A for four rows and columns.
+    half: scratch memory (C, 6, W, N).
+    """
+    t, C, W, N = d.shape
+    np.matmul(T, d.reshape(t, C, W * N).transpose(1, 0, 2), out=half.reshape(C, 6, W * N))
+    c, i, w, n = half.strides
+    columns = as_strided(half, (6, C, V.shape[3], t, N), (i, c, 4 * w, w, n))
+    np.matmul(T, columns, out=V.transpose(0, 2, 3, 1, 4))  # (6, C, tile, 6, N)
+
+
+def from_tiles(AT, M, out, half):
+    """out = A^T M A: out (4, O, 4 tile, N) from M (6, 6, O, tile, N). half: scratch memory (6, O, 4, tile, N)."""
+    _, _, O, count, N = M.shape
+    np.matmul(AT, M.reshape(6, 6, O, -1).transpose(1, 2, 0, 3), out=half.reshape(6, O, 4, -1))  # (j, O, 4, tile N)
+    k, o, w, n = out.strides
+    target = as_strided(out, (4, O, count, 4, N), (k, o, 4 * w, w, n))
+    np.matmul(AT, half.transpose(2, 1, 3, 0, 4), out=target)  # (4, O, tile, 6, N)
+
+
+def tiles_forward(x, w, padding, y):
+    """x (N, C, H, W), w (O, C, 3, 3) -> y (N, O, H', W'): a few tiles at a time, so that all stays in the cache"""
+    (O, C), (H, W), N, dtype = w.shape[:2], y.shape[2:], len(x), x.dtype
+    BT, AT, U = B.T.astype(dtype), A.T.astype(dtype), kernels_to_tiles(w)
+    source, out = bordered(x, padding, padding, padding, padding), rows(y)
+    width = next(n for n in (4, 2, 1) if n == 1 or W % (4 * n) == 0 and 36 * n * max(C, O) * N <= 2**19)  # tiles
+    parts = -(-threads()[0] // (H // 4 * (W // (4 * width))))  # of the images: work for every thread
+    blocks = [(4 * i, 4 * j, slice(N * k // parts, N * (k + 1) // parts))
+              for i in range(H // 4) for j in range(0, W // 4, width) for k in range(parts)]
+
+    def work(first, last):
+        n = -(-N // parts)
+        V, M, half, half_out = (scratch(shape, dtype) for shape in (
+            (6, 6, C, width, n), (6, 6, O, width, n), (C, 6, 4 * width + 2, n), (6, O, 4, width, n)))
+        for i, j, n in blocks[first:last]:
+            d = source[i : i + 6, :, j : j + 4 * width + 2, n]
+            if d.shape[3] != V.shape[4]:
+                V, M, half, half_out = (np.empty((*a.shape[:-1], d.shape[3]), dtype) for a in (V, M, half, half_out))
+            to_tiles(BT, d, V, half)
+            np.matmul(U, V.reshape(6, 6, C, -1), out=M.reshape(6, 6, O, -1))
+            from_tiles(AT, M, out[i : i + 4, :, j : j + 4 * width, n], half_out)
+
+    parallel(work, len(blocks), 36 * U[0, 0].size * H * W // 16 * N)
+
+
+def tiles_input_gradient(g, w, padding, dx):
+    """The convolution of g with the kernels turned round: (O, C, 3, 3) -> (C, O, 3, 3)."""
+    tiles_forward(g, np.ascontiguousarray(w[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)), 2 - padding, dx)
+
+
+def tiles_weight_gradient(g, x, padding, dw):
+    """dw = G^T [sum over tiles of (A g A^T) (B^T x B)^T] G
+
+    A few rows of tiles at a time: threads share the channels to transform, then the 36 products, whose sums stay where
+    they are.
+    """
+    (O, C), (H, W), N, dtype = dw.shape[:2], g.shape[2:], len(x), x.dtype
+    x, g = bordered(x, padding, padding, padding, padding), rows(g)
+    count = max(1, min(H // 4, 2**21 // (36 * max(C, O) * W // 4 * N)))  # rows of tiles
+    V, M = scratch((6, 6, C, count, W // 4, N), dtype), scratch((6, 6, O, count, W // 4, N), dtype)
+    total, product = np.zeros((36, O, C), dtype), scratch((36, O, C), dtype)
+    for top in range(0, H // 4, count):
+        now = min(count, H // 4 - top)
+
+        def transform(first, last):
+            for T, source, out in ((B.T, x, V), (A, g, M)):
+                channels = slice(out.shape[2] * first // 36, out.shape[2] * last // 36)
+                half = scratch((channels.stop - channels.start, 6, source.shape[2], N), dtype)
+                for k in range(now):
+                    y = 4 * (top + k)
+                    to_tiles(T.astype(dtype), source[y : y + T.shape[1], channels], out[:, :, channels, k], half)
+
+        def multiply(first, last):
+            v, m = (a.reshape(36, a.shape[2], -1)[first:last, :, : now * W // 4 * N] for a in (V, M))
+            total[first:last] += np.matmul(m, v.swapaxes(1, 2), out=product[first:last])
+
+        cost = 36 * O * C * now * W // 4 * N
+        parallel(transform, 36, cost)
+        parallel(multiply, 36, cost)
+    kernels_from_tiles(total, dw)
+
+
+# ---------------------------------------------------------------------------------------------- convolution
+
+
+def output_size(x, w, stride, padding):
+    """(H, W) of the convolution; raises ValueError for shapes that do not fit."""
+    if len(x) != 4 or len(w) != 4 or x[1] != w[1]:
+        raise ValueError(f"conv2d takes images (N, C, H, W) and weights (O, C, kh, kw) of one C, not {x} and {w}")
+    if stride < 1 or padding < 0:
+        raise ValueError(f"conv2d takes a stride of at least 1 and a padding of at least 0, not {stride} and {padding}")
+    size = tuple((n + 2 * padding - k) // stride + 1 for n, k in zip(x[2:], w[2:]))
+    if min(size) < 1:
+        raise ValueError(f"a {w[2]}x{w[3]} kernel does not fit images of {x[2]}x{x[3]} with padding {padding}")
+    return size
+
+
+def use_tiles(w, stride, size):
+    """Whether a convolution to images of this size is done in tiles."""
+    return stride == 1 and w[2:] == (3, 3) and min(w[:2]) >= TILES_FROM and not any(n % 4 for n in size)
+
+
+def forward(x, w, stride, padding):
+    """x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W')"""
+    size = output_size(x.shape, w.shape, stride, padding)
+    y = empty((len(x), len(w), *size), x.dtype, halo=0)
+    if use_tiles(w.shape, stride, size):
+        tiles_forward(x, w, padding, y)
+    else:
+        rows_forward(x, w, stride, padding, y)
+    return y
+
+
+def input_gradient(g, w, shape, stride, padding):
+    """The gradient with respect to x of this shape, from g (N, O, H', W')"""
+    dx = empty(shape, g.dtype, halo=0)
+    if padding <= 2 and use_tiles(w.shape, stride, shape[2:]):
+        tiles_input_gradient(g, w, padding, dx)
+    else:
+        rows_input_gradient(g, w, stride, padding, dx)
+    return dx
+
+
+def weight_gradient(g, x, shape, stride, padding):
+    """The gradient with respect to w of this shape, from g (N, O, H', W') and x (N, C, H, W)"""
+    dw = np.empty(shape, g.dtype)
+    if use_tiles(shape, stride, g.shape[2:]):
+        tiles_weight_gradient(g, x, padding, dw)
+    else:
+        rows_weight_gradient(g, x, stride, padding, dw)
+    return dw
+
+
+# ---------------------------------------------------------------------------------------------- BatchNorm
+
+
+def by_rows(work, *arrays):
+    """work(block of the same few rows of each array (H, C, W, N), ..., temporary array of its shape) over all rows;
+    returns the list of what it gave.
+    """
+    H, C, W, N = arrays[0].shape
+    block = max(1, BLOCK // 2 // (C * W * N))
+
+    def part(first, last):
+        temporary = scratch((min(block, last - first), C, W, N), arrays[0].dtype)
+        return [work(*(a[y : min(y + block, last)] for a in arrays), temporary[: min(block, last - y)])
+                for y in range(first, last, block)]
+
+    return [value for values in parallel(part, H, 40 * arrays[0].size) for value in values]
+
+
+def per_channel(values, dtype):
+    """(C,) -> (C, 1, 1), to be broadcast over rows (H, C, W, N)"""
+    return np.asarray(values, dtype)[:, None, None]
+
+
+def channel_sum(x):
+    """Sum of x (H, C, W, N) for each channel."""
+    return x.reshape(*x.shape[:2], -1).sum(-1).sum(0, dtype=np.float64)
+
+
+def channel_dot(x, y):
+    """Sum of x y, both (H, C, W, N), for each channel."""
+    return np.vecdot(x.reshape(*x.shape[:2], -1), y.reshape(*y.shape[:2], -1)).sum(0, dtype=np.float64)
+
+
+def statistics(x):
+    """Mean and biased variance (C,) of x (N, C, H, W), in float64."""
+    x = rows(x)
+    near = x[0].mean((1, 2))  # the variance is summed around a value close to the mean, so that nothing cancels
+
+    def sums(x, temporary):
+        x = np.subtract(x, per_channel(near, x.dtype), out=temporary)
+        return channel_sum(x), channel_dot(x, x)
+
+    first, second = np.sum(by_rows(sums, x), axis=0) / (x.size // len(near))
+    return near + first, second - first**2
+
+
+def normalize(x, scale, shift, add, relu):
+    """scale x + shift, for each channel, + add, then max(., 0) if relu: everything in one pass over (N, C, H, W)."""
+    out = empty(x.shape, x.dtype)
+    scale, shift = per_channel(scale, x.dtype), per_channel(shift, x.dtype)
+
+    def work(x, out, *rest):
+        *add, y = rest
+        np.multiply(x, scale, out=y)
+        y += shift
+        for a in add:
+            y += a
+        if relu:
+            np.maximum(y, 0, out=out)
+        else:
+            out[...] = y
+
+    by_rows(work, rows(x), rows(out), *([] if add is None else [rows(add)]))
+    return out
+
+
+def batch_norm_backward(g, x, out, weight, mean, deviation, training, separate):
+    """Gradients of BatchNorm [+ add] [+ ReLU]: (dx, dweight, dbias, dadd).
+
+    With xhat = (x - mean) / deviation and g the gradient behind the ReLU (0 where out = 0; out None: no ReLU):
+    dweight = sum g xhat, dbias = sum g, dx = weight / deviation (g - dbias / n - xhat dweight / n), dadd = g;
+    with constant statistics (training False) dx = weight / deviation g.
+    separate: dadd is wanted, an array of its own.
+    """
+    dx = empty(x.shape, x.dtype)
+    masked = dx if not separate else empty(x.shape, x.dtype, halo=0) if out is not None else g
+    middle = per_channel(mean, x.dtype)
+
+    def sums(g, x, masked, *rest):
+        *out, temporary = rest
+        for o in out:
+            temporary[...] = o > 0
+            g = np.multiply(g, temporary, out=masked)
+        return channel_sum(g), channel_dot(g, np.subtract(x, middle, out=temporary))
+
+    arrays = [rows(a) for a in (g, x, masked)]
+    dbias, dot = np.sum(by_rows(sums, *arrays, *([] if out is None else [rows(out)])), axis=0)
+    dweight = dot / deviation
+    if out is None:
+        masked = g
+    slope = weight / deviation
+    n = x.size // len(mean) if training else np.inf
+    a, b = per_channel(slope, x.dtype), per_channel(-slope * dweight / (n * deviation), x.dtype)
+    c = per_channel(slope * (mean * dweight / deviation - dbias) / n, x.dtype)
+
+    def work(g, x, dx, temporary):
+        np.multiply(x, b, out=temporary)
+        temporary += c
+        np.multiply(g, a, out=dx)
+        dx += temporary
+
+    by_rows(work, rows(masked), rows(x), rows(dx))
+    return dx, dweight, dbias, masked if separate else None

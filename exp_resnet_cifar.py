@@ -1,0 +1,404 @@
+"""ResNet-18 on CIFAR-10, CIFAR-100 and SVHN: wider at the same number of weights (Figures 1, 6, 7, 9 to 12, 14)
+
+    python exp_resnet_cifar.py --width 128                          the weights of width 64 spread over width 128
+    python exp_resnet_cifar.py --sweep fig6 --jobs 2                Figures 6, 11, 12, 14: every base and width
+    python exp_resnet_cifar.py --sweep fig6 --bases 8 --widths 8,12,18,32 --epochs 15 --limit 10000    a small version
+    python exp_resnet_cifar.py --plot fig6                          a figure and its table from what is done
+    python exp_resnet_cifar.py --plot fig10                         kept weights by layer: needs no training
+
+Protocol (Section 3 of the paper): SGD, momentum 0.9, weight decay 5e-4, learning rate 0.1 times 0.1 at epochs 50, 120
+and 200 of 300 (moved in proportion with --epochs), batch 128, random crops with padding 4 and flips, 3 seeds.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import data
+import nn
+import train
+from train import over_seeds, setting, shown, subject
+
+EPOCHS, MILESTONES = 300, (50, 120, 200)
+BASES, WIDTHS = (8, 12, 18, 40, 64), (8, 12, 18, 32, 40, 64, 90, 128)
+CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "synthetic": 10}
+
+
+@dataclass(frozen=True)
+class Settings(train.Settings):
+    """The paper's protocol unless changed."""
+
+    data: str = setting("cifar10", "data set", choices=tuple(CLASSES))
+    batch: int = setting(128, "examples a step", least=2)
+    device: str = setting("cpu", "where to compute", choices=("cpu",), place=True)
+    width: int = setting(64, "channels of the first stage; the others have 2, 4 and 8 times as many", least=1)
+    base_width: int = setting(64, "the network keeps as many weights as a dense one of this width", least=1)
+    dense: bool = setting(False, "keep all weights of this width instead")
+    how: str = setting("largest-first", "which layers lose weights", choices=("largest-first", "proportional"))
+    io_only: bool = setting(False, "remove whole kernels, never part of one (Figure 9)")
+    momentum: float = setting(0.9, "of SGD", least=0)
+    weight_decay: float = setting(5e-4, "of SGD", least=0)
+    padding: int = setting(4, "black pixels on each side of the images that random crops are taken from", least=0)
+    flip: str = setting("auto", "mirror training images at random; auto: unless they are digits",
+                        choices=("auto", "yes", "no"))
+    bases: str = setting(",".join(map(str, BASES)), "base widths of a sweep", place=True)
+    widths: str = setting(",".join(map(str, WIDTHS)), "widths of a sweep", place=True)
+
+    ALWAYS_NAMED = ("width", "base_width", "seed")
+
+    def check(self):
+        super().check()
+        if self.base_width > self.width and not self.dense:
+            raise train.UsageError(f"width {self.width} cannot keep the weights of the wider base {self.base_width}; "
+                                   "choose a --width of at least the --base-width, or --dense")
+        for name in ("bases", "widths"):
+            numbers(name, getattr(self, name))
+
+    @property
+    def flips(self):
+        return self.flip == "yes" or self.flip == "auto" and self.data.startswith("cifar")
+
+
+def numbers(name, text):
+    """"8,12" -> (8, 12)"""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise train.UsageError(f"--{name} is a list of widths such as 8,12,18, not {text!r}")
+    return tuple(sorted({int(word) for word in words}))
+
+
+# ---------------------------------------------------------------------------------------------- data and model
+
+
+def load(s):
+    if s.data == "synthetic":
+        dataset = data.synthetic(s.data_dir, side=32, channels=3)
+    else:
+        dataset = data.load(s.data, s.data_dir)
+    if s.held_out:
+        dataset = dataset.held_out(s.held_out)
+    if s.limit:
+        dataset = dataset.limited(s.limit)
+    return dataset.augmented(s.padding, s.flips)
+
+
+class BasicBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); the shortcut is a 1 x 1 convolution where shapes change."""
+
+    def __init__(self, channels_in, channels, stride):
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = []
+        if stride != 1 or channels_in != channels:
+            self.shortcut = [nn.Conv2d(channels_in, channels, 1, stride), nn.BatchNorm2d(channels)]
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x), relu=True)
+        for module in self.shortcut:
+            x = module(x)
+        return self.bn2(self.conv2(y), add=x, relu=True)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for images of 32 x 32 (He et al. 2016): a 3 x 3 convolution, four stages of two basic blocks with
+    width, 2, 4 and 8 width channels, the mean over each image, a linear classifier.
+
+    Its parameters come in forward order. All weights are there: sparsify takes them away.
+    """
+
+    def __init__(self, width, num_classes=10):
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.blocks, channels_in = [], width
+        for stage in range(4):
+            for stride in (1 if stage == 0 else 2, 1):
+                self.blocks.append(BasicBlock(channels_in, width << stage, stride))
+                channels_in = width << stage
+        self.classifier = nn.Linear(channels_in, num_classes)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x), relu=True)
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(nn.global_avg_pool(x))
+
+
+def layer_sizes(width, num_classes):
+    """Weights of each counted layer of ResNet18(width, num_classes), in the order of nn.layers."""
+    sizes, channels_in = [27 * width], width
+    for stage in range(4):
+        channels = width << stage
+        for first in (True, False):
+            sizes += [9 * channels_in * channels, 9 * channels**2]
+            sizes += [channels_in * channels] if first and stage else []
+            channels_in = channels
+    return [*sizes, channels_in * num_classes]
+
+
+def budget(s):
+    """Weights that the network keeps."""
+    return sum(layer_sizes(s.width if s.dense else s.base_width, CLASSES[s.data]))
+
+
+def build(s, dataset):
+    """ResNet-18 with its masks and weights drawn from the seed."""
+    model = ResNet18(s.width, dataset.classes)
+    nn.sparsify(model, budget(s), s.seed, how=s.how, io_only=s.io_only)
+    return model
+
+
+def schedule(s):
+    return nn.MultiStepLR(s.lr, [round(m * s.epochs / EPOCHS) for m in MILESTONES])
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def network(s, base, width):
+    """The settings of width `width` at the weights of width `base`; dense where they are the same."""
+    return replace(s, base_width=base, width=width, dense=False)
+
+
+def families(s):
+    """[(base, widths)] of a sweep"""
+    widths = numbers("widths", s.widths)
+    return [(base, sorted({base, *(w for w in widths if w > base)})) for base in numbers("bases", s.bases)]
+
+
+def fig6_runs(s):
+    return over_seeds(s, [network(s, base, w) for base, widths in families(s) for w in widths], 3)
+
+
+def fig7_runs(s):
+    """The sparse families and the dense networks of all their widths."""
+    runs = [network(s, base, w) for base, widths in families(s) for w in widths]
+    runs += [network(s, w, w) for _, widths in families(s) for w in widths]
+    return over_seeds(s, list(dict.fromkeys(runs)), 3)
+
+
+def fig9_runs(s):
+    return over_seeds(s, [replace(network(s, base, w), io_only=io_only and w > base)
+                          for io_only in (False, True) for base, widths in families(s) for w in widths
+                          if w > base or not io_only], 3)
+
+
+def fig10_runs(s):
+    return [network(s, *pair) for base, widths in families(s)[:1] for pair in ((base, w) for w in widths)]
+
+
+STATED = {  # by an independent run of the paper's released code: (data set, base, width)
+    ("cifar100", 18, 18): 70.13, ("cifar100", 18, 64): 74.27, ("svhn", 8, 8): 95.87, ("svhn", 8, 18): 96.22,
+    ("svhn", 8, 64): 95.93, ("svhn", 18, 18): 96.42,
+}
+
+
+def paper(s):
+    value = STATED.get((s.data, s.base_width, s.width))
+    return f"{value:.2f} %" if value and not s.io_only and s.how == "largest-first" else None
+
+
+def title(points, metric, what="test"):
+    """The second line of a figure's title: what its numbers are and how far its runs are from the paper's."""
+    s, bars = points[0].settings, any(len(p.finished) > 1 for p in points)
+    scale = f" (the paper: {EPOCHS})" if s.epochs != EPOCHS else ""
+    return (shown(points, metric, what).replace(" epochs", f" epochs{scale}").replace(" epoch,", f" epoch{scale},")
+            + ("; bars: standard deviation over seeds" if bars else ""))
+
+
+def lines(points):
+    """{base: its points that are done, by width}"""
+    found = {}
+    for p in sorted(points, key=lambda p: (p.settings.base_width, p.settings.width)):
+        if p.finished:
+            found.setdefault(p.settings.base_width, []).append(p)
+    return found
+
+
+def axes_over_width(ax, widths):
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(widths), sorted(widths), fontsize=8)
+    ax.minorticks_off()
+    ax.set_xlabel("width (channels of the first stage)")
+    ax.grid(alpha=0.3)
+
+
+def family_draw(points, metric, quantity="test_acc", over="width", name="Figure 6"):
+    """A line for each base: accuracy over width or connectivity, with standard deviations over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    ax = figure.subplots()
+    summary, what = [], {"test_acc": "test", "train_acc": "training"}[quantity]
+    for i, (base, line) in enumerate(lines(points).items()):
+        x = [p.settings.width if over == "width" else np.mean(p.values("connectivity")) for p in line]
+        y = [100 * p.mean(f"{metric}_{quantity}") for p in line]
+        error = [100 * p.std(f"{metric}_{quantity}") for p in line]
+        label = f"base {base}: {line[0].finished[0]['weights']:,} weights"
+        ax.errorbar(x, y, error, fmt="o-", capsize=3, color=f"C{i}", label=label)
+        top = int(np.argmax(y))
+        summary.append(f"{label}: {y[0]:.2f} % at width {line[0].settings.width}, best {y[top]:.2f} % "
+                       f"at width {line[top].settings.width}")
+    if over == "width":
+        axes_over_width(ax, {p.settings.width for p in points if p.finished})
+    else:
+        ax.set(xscale="log", xlabel="connectivity (kept weights / all weights of the width)")
+        ax.invert_xaxis()
+        ax.grid(alpha=0.3)
+    ax.set_ylabel(f"{metric} {what} accuracy, %")
+    ax.legend(fontsize=8)
+    ax.set_title(f"{name}. ResNet-18, {subject(points)}\n{title(points, metric, what)}", fontsize=9)
+    return figure, summary
+
+
+def fig12_draw(points, metric):
+    return family_draw(points, metric, over="connectivity", name="Figure 12")
+
+
+def fig14_draw(points, metric):
+    return family_draw(points, metric, quantity="train_acc", name="Figure 14")
+
+
+def fig1_draw(points, metric):
+    """Sparse networks at a base's weights beside dense networks of the same width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    ax = figure.subplots()
+    found = lines(points)
+    dense = [p for line in found.values() for p in line if p.settings.width == p.settings.base_width]
+    sparse = {base: line for base, line in found.items() if len(line) > 1}
+    summary = []
+    entries = [(f"sparse: {line[0].finished[0]['weights']:,} weights at every width", line, f"C{i}o-")
+               for i, line in enumerate(sparse.values())] + [("dense: all weights of its width", dense, "C7s--")]
+    for label, line, style in entries:
+        y = [100 * p.mean(f"{metric}_test_acc") for p in line]
+        ax.errorbar([p.settings.width for p in line], y, [100 * p.std(f"{metric}_test_acc") for p in line],
+                    fmt=style, capsize=3, label=label)
+        summary.append(f"{label}: " + ", ".join(f"{v:.2f} % at {p.settings.width}" for v, p in zip(y, line)))
+    axes_over_width(ax, {p.settings.width for p in points if p.finished})
+    ax.set_ylabel(f"{metric} test accuracy, %")
+    ax.legend(fontsize=8)
+    ax.set_title(f"Figure 1. ResNet-18, {subject(points)}\n{title(points, metric)}", fontsize=9)
+    return figure, summary
+
+
+def fig7_draw(points, metric):
+    """(sparse - base) / (dense - base) over width: the part of the dense improvement that width alone gives."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    ax = figure.subplots()
+    found, summary, widths = lines(points), [], set()
+    accuracy = {(base, p.settings.width): p.mean(f"{metric}_test_acc") for base, line in found.items() for p in line}
+    for i, (base, line) in enumerate(found.items()):
+        parts = {}
+        for p in line:
+            w = p.settings.width
+            gain = accuracy.get((w, w), math.nan) - accuracy.get((base, base), math.nan)
+            if w > base and gain > 0:
+                parts[w] = (accuracy[base, w] - accuracy[base, base]) / gain
+        if not parts:
+            continue
+        weights = line[0].finished[0]["weights"]
+        ax.plot(list(parts), list(parts.values()), "o-", color=f"C{i}", label=f"base {base}: {weights:,} weights")
+        best = max((p for p in line), key=lambda p: p.mean(f"{metric}_train_acc")).settings.width
+        if best in parts:
+            ax.plot(best, parts[best], "*", color=f"C{i}", markersize=15)
+        widths |= set(parts)
+        summary.append(f"base {base}: " + ", ".join(f"{100 * v:.0f} % at {w}" for w, v in parts.items())
+                       + f"; training accuracy is largest at width {best}")
+    if not widths:
+        raise train.UsageError("fig7 needs, for some width above a base, the runs of that width sparse and dense and "
+                               "of the base; --sweep fig7 trains them")
+    ax.axhline(1, color="gray", linewidth=1)
+    axes_over_width(ax, widths)
+    ax.set_ylabel("part of the dense improvement")
+    ax.legend(fontsize=8)
+    ax.set_title(f"Figure 7. ResNet-18, {subject(points)}; stars: largest training accuracy\n"
+                 f"{title(points, metric)}".replace("; bars: standard deviation over seeds", ""), fontsize=9)
+    return figure, summary
+
+
+def fig9_draw(points, metric):
+    """Masks of whole kernels beside masks of single weights."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    ax = figure.subplots()
+    free = lines([p for p in points if not p.settings.io_only])
+    whole = lines([p for p in points if p.settings.io_only])
+    summary = []
+    for i, (base, line) in enumerate(free.items()):
+        start = [p for p in line if p.settings.width == base]  # dense: the same with either mask
+        rest = start + whole.get(base, [])
+        for kind, style, these in (("single weights", "o-", line), ("whole kernels", "s--", rest)):
+            y = [100 * p.mean(f"{metric}_test_acc") for p in these]
+            ax.errorbar([p.settings.width for p in these], y, [100 * p.std(f"{metric}_test_acc") for p in these],
+                        fmt=style, capsize=3, color=f"C{i}", label=f"base {base}, masks of {kind}")
+            summary.append(f"base {base}, masks of {kind}: "
+                           + ", ".join(f"{v:.2f} % at {p.settings.width}" for v, p in zip(y, these)))
+    axes_over_width(ax, {p.settings.width for p in points if p.finished})
+    ax.set_ylabel(f"{metric} test accuracy, %")
+    ax.legend(fontsize=8)
+    ax.set_title(f"Figure 9. ResNet-18, {subject(points)}\n{title(points, metric)}", fontsize=9)
+    return figure, summary
+
+
+def fig10_draw(points, metric):
+    """Kept weights and connectivity of every layer, for the widths of the narrowest base."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    first = points[0].settings
+    names = [name.removesuffix(".0") for name, _ in nn.layers(ResNet18(1, CLASSES[first.data]))]
+    summary = []
+    for i, p in enumerate(points):
+        sizes = layer_sizes(p.settings.width, CLASSES[first.data])
+        kept = nn.allocate(sizes, budget(p.settings), first.how)
+        label = f"width {p.settings.width}" + (" (dense)" if sum(sizes) == sum(kept) else "")
+        left.plot(kept, "o-", color=f"C{i}", markersize=3, label=label)
+        right.plot(np.divide(kept, sizes), "o-", color=f"C{i}", markersize=3, label=label)
+        summary.append(f"width {p.settings.width}: {sum(kept):,} of {sum(sizes):,} weights, at most {max(kept):,} a layer; "
+                       f"{sum(k < s for k, s in zip(kept, sizes))} of {len(sizes)} layers are cut")
+    for ax, label in ((left, "kept weights"), (right, "connectivity (kept / all)")):
+        ax.set(yscale="log", ylabel=label)
+        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.suptitle(f"Figure 10. ResNet-18, {train.TITLES[first.data]}: weights by layer at {budget(first):,} weights "
+                    f"(base {first.base_width}), {first.how}", fontsize=10)
+    return figure, summary
+
+
+EXPERIMENT = train.Experiment(
+    name="resnet_cifar",
+    script="exp_resnet_cifar.py",
+    description=__doc__,
+    settings=Settings,
+    load=load,
+    build=build,
+    optimizer=lambda s, params: nn.SGD(params, s.lr, s.momentum, s.weight_decay),
+    schedule=schedule,
+    figures={
+        "fig1": train.Figure("sparse and dense accuracy over width", fig7_runs, fig1_draw, paper),
+        "fig6": train.Figure("accuracy over width at each base's number of weights (with Figure 11's error bars)",
+                             fig6_runs, family_draw, paper),
+        "fig7": train.Figure("part of the dense improvement that width alone gives", fig7_runs, fig7_draw, paper),
+        "fig9": train.Figure("masks of whole kernels beside masks of single weights", fig9_runs, fig9_draw, paper),
+        "fig10": train.Figure("kept weights by layer", fig10_runs, fig10_draw, trained=False),
+        "fig12": train.Figure("Figure 6 over connectivity", fig6_runs, fig12_draw, paper),
+        "fig14": train.Figure("training accuracy of Figure 6", fig6_runs, fig14_draw),
+    },
+    quick=dict(epochs=6, limit=2000, held_out=1000, seeds=1, jobs=2, bases="8", widths="8,18"),
+    quick_help="6 epochs of 2,000 images, tested on 1,000 others; without --width the figure fig6 at two widths",
+    quick_figure="fig6",
+    test_batch=128,  # as many as in training, so that memory is used again
+)
+
+if __name__ == "__main__":
+    sys.exit(train.main(EXPERIMENT))
