@@ -56,6 +56,12 @@ def parallel(work, count, cost):
     return results + [other.result() for other in others]
 
 
+def copy(source, target):
+    """target[...] = source, shared among threads; returns target."""
+    parallel(lambda first, last: np.copyto(target[first:last], source[first:last]), len(source), 40 * source.size)
+    return target
+
+
 class Buffer(np.ndarray):
     """Memory of an array that goes back to a store when the last view of it is gone.
 
@@ -63,7 +69,7 @@ class Buffer(np.ndarray):
     asks for the same sizes again and again. halo: the width of the border of zeros around the interior.
     """
 
-    STORED, LIMIT = {}, 2**30  # key: [memory], bytes of it in all
+    STORED, LIMIT = {}, 2**32  # key: [memory]; bytes of it in all, at most
     stored = 0
     key, halo = None, 0
 
@@ -132,7 +138,7 @@ def bordered(x, top, bottom, left, right):
     for edge in (out[:max(top, 0)], out[top + H :], out[:, :, :max(left, 0)], out[:, :, left + W :]):
         edge[...] = 0
     inner = x[max(-top, 0) : H + min(bottom, 0), :, max(-left, 0) : W + min(right, 0)]
-    out[max(top, 0) :, :, max(left, 0) :][: len(inner), :, : inner.shape[2]] = inner
+    copy(inner, out[max(top, 0) :, :, max(left, 0) :][: len(inner), :, : inner.shape[2]])
     return out
 
 
@@ -152,7 +158,7 @@ def phases(x, kernel, stride, padding):
     x = bordered(x, padding, padding, padding, padding)
     for (top, ys), (left, xs) in itertools.product(taps(kernel[0], stride), taps(kernel[1], stride)):
         part = x[top::stride, :, left::stride]
-        yield part if stride == 1 else np.ascontiguousarray(part), ys, xs
+        yield part if stride == 1 else copy(part, scratch(part.shape, x.dtype)), ys, xs
 
 
 def pieces(products, W):
@@ -239,7 +245,7 @@ def rows_input_gradient(g, w, stride, padding, dx):
         out = rows(dx) if stride == 1 else scratch((H, C, W, N), g.dtype)
         add_products(pairs, out)
         if stride > 1:
-            rows(dx)[i::stride, :, j::stride] = out
+            copy(out, rows(dx)[i::stride, :, j::stride])
 
 
 # ---------------------------------------------------------------------------------------------- tiles
@@ -262,9 +268,10 @@ G2 = np.kron(G, G)  # (36, 9)
 TILES_FROM = 24  # channels on both sides from which the transforms are cheaper than the products they save
 
 
-def kernels_to_tiles(w):
-    """G w G^T: (O, C, 3, 3) -> (6, 6, O, C)"""
-    U, G_, w9 = scratch((36, w.shape[0] * w.shape[1]), w.dtype), G2.astype(w.dtype), w.reshape(-1, 9).T  # (9, O C)
+def kernels_to_tiles(w, turned=False):
+    """G w G^T: (O, C, 3, 3) -> (6, 6, O, C); with w turned by 180 degrees if asked for."""
+    U, w9 = scratch((36, w.shape[0] * w.shape[1]), w.dtype), w.reshape(-1, 9).T  # (9, O C)
+    G_ = (G2[:, ::-1] if turned else G2).astype(w.dtype)
     parallel(lambda first, last: np.matmul(G_[first:last], w9, out=U[first:last]), 36, 324 * U.shape[1])
     return U.reshape(6, 6, *w.shape[:2])
 
@@ -292,43 +299,40 @@ def to_tiles(T, d, V, half):
     np.matmul(T, columns, out=V.transpose(0, 2, 3, 1, 4))  # (6, C, tile, 6, N)
 
 
-def from_tiles(AT, M, out, half):
-    """out = A^T M A: out (4, O, 4 tile, N) from M (6, 6, O, tile, N). half: scratch memory (6, O, 4, tile, N)."""
-    _, _, O, count, N = M.shape
-    np.matmul(AT, M.reshape(6, 6, O, -1).transpose(1, 2, 0, 3), out=half.reshape(6, O, 4, -1))  # (j, O, 4, tile N)
-    k, o, w, n = out.strides
-    target = as_strided(out, (4, O, count, 4, N), (k, o, 4 * w, w, n))
-    np.matmul(AT, half.transpose(2, 1, 3, 0, 4), out=target)  # (4, O, tile, 6, N)
+def tiles_forward(x, U, padding, y):
+    """x (N, C, H, W), U = G w G^T (6, 6, O, C) -> y (N, O, H', W'): A^T [sum over c of U (B^T x B)] A for each tile
 
-
-def tiles_forward(x, w, padding, y):
-    """x (N, C, H, W), w (O, C, 3, 3) -> y (N, O, H', W'): a few tiles at a time, so that all stays in the cache"""
-    (O, C), (H, W), N, dtype = w.shape[:2], y.shape[2:], len(x), x.dtype
-    BT, AT, U = B.T.astype(dtype), A.T.astype(dtype), kernels_to_tiles(w)
+    A few tiles at a time, so that all stays in the cache, from top to bottom, where neighbours share two input rows.
+    """
+    (O, C), (H, W), N, dtype = U.shape[2:], y.shape[2:], len(x), x.dtype
+    BT, AT = B.T.astype(dtype), A.T.astype(dtype)
+    count = next(n for n in (4, 2, 1) if n == 1 or W % (4 * n) == 0 and 36 * n * max(C, O) * N <= 2 * BLOCK)  # tiles
+    # Few tiles are cut into `parts` of the images, so that there is work for every thread.
+    parts = 1 if H * W > 16 * count or N % threads()[0] else threads()[0]
+    n, wide = N // parts, 4 * count + 2
     source, out = bordered(x, padding, padding, padding, padding), rows(y)
-    width = next(n for n in (4, 2, 1) if n == 1 or W % (4 * n) == 0 and 36 * n * max(C, O) * N <= 2**19)  # tiles
-    parts = -(-threads()[0] // (H // 4 * (W // (4 * width))))  # of the images: work for every thread
-    blocks = [(4 * i, 4 * j, slice(N * k // parts, N * (k + 1) // parts))
-              for i in range(H // 4) for j in range(0, W // 4, width) for k in range(parts)]
+    h, c, v, e = source.strides
+    sources = as_strided(source, (W // (4 * count), H // 4, parts, C, 6, wide, n),
+                         (4 * count * v, 4 * h, n * e, c, h, v, e))
+    h, c, v, e = out.strides
+    targets = as_strided(out, (W // (4 * count), H // 4, parts, 4, O, count, 4, n),
+                         (4 * count * v, 4 * h, n * e, h, c, 4 * v, v, e))
+    blocks = list(np.ndindex(sources.shape[:3]))
 
     def work(first, last):
-        n = -(-N // parts)
-        V, M, half, half_out = (scratch(shape, dtype) for shape in (
-            (6, 6, C, width, n), (6, 6, O, width, n), (C, 6, 4 * width + 2, n), (6, O, 4, width, n)))
-        for i, j, n in blocks[first:last]:
-            d = source[i : i + 6, :, j : j + 4 * width + 2, n]
-            if d.shape[3] != V.shape[4]:
-                V, M, half, half_out = (np.empty((*a.shape[:-1], d.shape[3]), dtype) for a in (V, M, half, half_out))
-            to_tiles(BT, d, V, half)
-            np.matmul(U, V.reshape(6, 6, C, -1), out=M.reshape(6, 6, O, -1))
-            from_tiles(AT, M, out[i : i + 4, :, j : j + 4 * width, n], half_out)
+        half, V, M, half_out = (scratch(shape, dtype) for shape in (
+            (C, 6, wide, n), (6, 6, C, count, n), (6, 6, O, count, n), (6, O, 4, count, n)))
+        c, i, v, e = half.strides
+        columns = as_strided(half, (6, C, count, 6, n), (i, c, 4 * v, v, e))
+        flat_half, flat_V, flat_M, flat_half_out = (a.reshape(*a.shape[:-2], -1) for a in (half, V, M, half_out))
+        for block in blocks[first:last]:
+            np.matmul(BT, sources[block].reshape(C, 6, -1), out=flat_half)
+            np.matmul(BT, columns, out=V.transpose(0, 2, 3, 1, 4))
+            np.matmul(U, flat_V, out=flat_M)
+            np.matmul(AT, flat_M.transpose(1, 2, 0, 3), out=flat_half_out)  # (6, O, 6, tile n) -> (6, O, 4, tile n)
+            np.matmul(AT, half_out.transpose(2, 1, 3, 0, 4), out=targets[block])  # (4, O, tile, 6, n)
 
-    parallel(work, len(blocks), 36 * U[0, 0].size * H * W // 16 * N)
-
-
-def tiles_input_gradient(g, w, padding, dx):
-    """The convolution of g with the kernels turned round: (O, C, 3, 3) -> (C, O, 3, 3)."""
-    tiles_forward(g, np.ascontiguousarray(w[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)), 2 - padding, dx)
+    parallel(work, len(blocks), 36 * O * C * H * W // 16 * N)
 
 
 def tiles_weight_gradient(g, x, padding, dw):
@@ -342,6 +346,7 @@ def tiles_weight_gradient(g, x, padding, dw):
     count = max(1, min(H // 4, 2**21 // (36 * max(C, O) * W // 4 * N)))  # rows of tiles
     V, M = scratch((6, 6, C, count, W // 4, N), dtype), scratch((6, 6, O, count, W // 4, N), dtype)
     total, product = np.zeros((36, O, C), dtype), scratch((36, O, C), dtype)
+    cost = 36 * O * C * H * W // 16 * N
     for top in range(0, H // 4, count):
         now = min(count, H // 4 - top)
 
@@ -357,7 +362,6 @@ def tiles_weight_gradient(g, x, padding, dw):
             v, m = (a.reshape(36, a.shape[2], -1)[first:last, :, : now * W // 4 * N] for a in (V, M))
             total[first:last] += np.matmul(m, v.swapaxes(1, 2), out=product[first:last])
 
-        cost = 36 * O * C * now * W // 4 * N
         parallel(transform, 36, cost)
         parallel(multiply, 36, cost)
     kernels_from_tiles(total, dw)
@@ -388,7 +392,7 @@ def forward(x, w, stride, padding):
     size = output_size(x.shape, w.shape, stride, padding)
     y = empty((len(x), len(w), *size), x.dtype, halo=0)
     if use_tiles(w.shape, stride, size):
-        tiles_forward(x, w, padding, y)
+        tiles_forward(x, kernels_to_tiles(w), padding, y)
     else:
         rows_forward(x, w, stride, padding, y)
     return y
@@ -398,7 +402,8 @@ def input_gradient(g, w, shape, stride, padding):
     """The gradient with respect to x of this shape, from g (N, O, H', W')"""
     dx = empty(shape, g.dtype, halo=0)
     if padding <= 2 and use_tiles(w.shape, stride, shape[2:]):
-        tiles_input_gradient(g, w, padding, dx)
+        # the convolution of g with the kernels turned round and (O, C) exchanged
+        tiles_forward(g, kernels_to_tiles(w, turned=True).swapaxes(2, 3), 2 - padding, dx)
     else:
         rows_input_gradient(g, w, stride, padding, dx)
     return dx
@@ -477,6 +482,13 @@ def normalize(x, scale, shift, add, relu):
             out[...] = y
 
     by_rows(work, rows(x), rows(out), *([] if add is None else [rows(add)]))
+    return out
+
+
+def add(x, y):
+    """x + y of two gradients (N, C, H, W)"""
+    out = empty(x.shape, x.dtype, halo=0)
+    by_rows(lambda x, y, out, temporary: np.add(x, y, out=out), rows(x), rows(y), rows(out))
     return out
 
 

@@ -119,7 +119,9 @@ class Tensor:
                 raise ValueError(f"backward() without a gradient needs one number, not shape {self.shape}")
             grad = xp.ones_like(self.data)
         grads = {id(self): xp.asarray(grad, dtype=self.data.dtype)}
-        for node in reversed(topological_order(self)):
+        order = topological_order(self)
+        while order:
+            node = order.pop()  # off the list, so that its data is freed once no other node needs it
             g = grads.pop(id(node))
             for parent, dp in zip(node.parents, node.pull(g)):
                 if dp is None or not parent.requires_grad:
@@ -129,7 +131,8 @@ class Tensor:
                     continue
                 assert dp.shape == parent.shape, f"gradient of shape {dp.shape} for data of shape {parent.shape}"
                 seen = grads.get(id(parent))
-                grads[id(parent)] = dp if seen is None else seen + dp
+                images = seen is not None and xp is np and dp.ndim == 4
+                grads[id(parent)] = dp if seen is None else conv.add(seen, dp) if images else seen + dp
             node.parents, node.pull = (), None
 
     def accumulate(self, g):
@@ -477,11 +480,12 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
     deviation = (var + eps) ** 0.5
     scale = weight.data / deviation
     out = engine_.normalize(x.data, scale, bias.data - mean * scale, None if add is None else add.data, relu)
+    positive = out if relu else None
 
     def pull(g):
         separate = add is not None and add.requires_grad
         dx, dweight, dbias, dadd = engine_.batch_norm_backward(
-            g, x.data, out if relu else None, weight.data, mean, deviation, training, separate)
+            g, x.data, positive, weight.data, mean, deviation, training, separate)
         grads = dx if x.requires_grad else None, dweight.astype(weight.dtype), dbias.astype(bias.dtype)
         return grads if add is None else (*grads, dadd)
 
