@@ -7,11 +7,10 @@ alone, with a border of zeros kept around it. Then, with no copy at all,
   is the product of the same matrices; the input gradient is the same convolution of the output gradient.
 - "tiles", for 3 x 3 kernels with many channels: Winograd's F(4x4, 3x3) (Lavin and Gray 2016, arXiv 1509.09308) needs
   36 products of (O, C) matrices for 16 outputs instead of 144. Its transforms are matrix products as well.
-A stride s splits the image into s x s phases, and each is a convolution without stride.
+A stride only changes the strides of those views.
 """
 
 import functools
-import itertools
 import math
 import mmap
 import os
@@ -148,104 +147,97 @@ SMALL = 10**6  # OpenBLAS multiplies matrices of up to this many products withou
 BLOCK = 2**18  # entries worked on at a time, so that they stay in a core's second-level cache
 
 
-def taps(k, stride):
-    """(phase, [phase, phase + stride, ...]) of a kernel axis: these entries meet the rows phase, phase + stride, ..."""
-    return [(phase, list(range(phase, k, stride))) for phase in range(min(k, stride))]
+def pieces(products, W, stride):
+    """Into how many pieces to cut rows of W columns: so that `products` a row become SMALL ones, single columns where
+    every stride-th one counts.
+    """
+    small = (cut for cut in range(1, W + 1) if W % cut == 0 and products <= SMALL * cut)
+    return W if stride > 1 else next(small, 1)
 
 
-def phases(x, kernel, stride, padding):
-    """(rows of the padded image, kernel rows, kernel columns that meet it) of each phase of x (N, C, H, W)."""
-    x = bordered(x, padding, padding, padding, padding)
-    for (top, ys), (left, xs) in itertools.product(taps(kernel[0], stride), taps(kernel[1], stride)):
-        part = x[top::stride, :, left::stride]
-        yield part if stride == 1 else copy(part, scratch(part.shape, x.dtype)), ys, xs
-
-
-def pieces(products, W):
-    """Into how many pieces to cut rows of W columns for one `products` a row to become several SMALL ones."""
-    return next((cut for cut in range(1, W + 1) if W % cut == 0 and products <= SMALL * cut), 1)
-
-
-def matrices(x, column, k, H, W, cut):
-    """Rows y .. y + k of x (H + k - 1, C, W', N), W columns from `column` on: views (H, cut, k C, W N / cut)."""
-    x = x[:, :, column : column + W]
-    C, N = x.shape[1], x.shape[3]
-    assert k == 1 or x.strides[0] == C * x.strides[1], x.strides  # else rows of channels do not line up
-    strides = x.strides[0], W // cut * x.strides[2], x.strides[1], x.itemsize
-    return as_strided(x, (H, cut, k * C, W // cut * N), strides)
+def matrices(x, row, column, k, size, cut, stride=1):
+    """Rows y .. y + k of x (H', C, W', N) for y = row, row + stride, ..., every stride-th column from `column` on, as
+    matrices (k C, W / cut N): a view (H, cut, k C, W N / cut), size = H, W.
+    """
+    (H, W), (_, C, _, N), (h, c, w, e) = size, x.shape, x.strides
+    assert (k == 1 or h == C * c) and (stride == 1 or cut == W), "rows of channels, or columns, do not line up"
+    return as_strided(x[row:, :, column:], (H, cut, k * C, W // cut * N), (stride * h, W // cut * stride * w, c, e))
 
 
 def add_products(pairs, out):
-    """out (H, O, W, N) = sum over pairs of a (O, K) @ b (H, cut, K, n), a block of rows at a time."""
-    H, O, W, N = out.shape
-    cut = pairs[0][1].shape[1]
-    target = matrices(out, 0, 1, H, W, cut)
-    block = max(1, BLOCK // (O * W * N))
+    """out (H, cut, O, n) = sum over pairs of a (O, K) @ b (H, cut, K, n), a block of rows at a time."""
+    H = len(out)
+    block = max(1, BLOCK // out[0].size)
 
     def work(first, last):
-        product = scratch((block, *target.shape[1:]), out.dtype)
+        product = scratch((block, *out.shape[1:]), out.dtype)
         for y in range(first, last, block):
             part = slice(y, min(y + block, last))
             (a, b), *more = pairs
-            np.matmul(a, b[part], out=target[part])
+            np.matmul(a, b[part], out=out[part])
             for a, b in more:
-                target[part] += np.matmul(a, b[part], out=product[: part.stop - y])
+                out[part] += np.matmul(a, b[part], out=product[: part.stop - y])
 
-    parallel(work, H, np.sum([a.size for a, _ in pairs]) * H * W * N)
+    parallel(work, H, np.sum([a.size for a, _ in pairs]) * out[:, :, 0].size)
 
 
 def rows_forward(x, w, stride, padding, y):
-    (O, C, *kernel), (H, W), N = w.shape, y.shape[2:], len(x)
-    cut = pieces(O * C * -(-kernel[0] // stride) * W * N, W)
-    pairs = [(w[:, :, ys, kx].transpose(0, 2, 1).reshape(O, -1),  # (O, C, k) -> (O, k C)
-              matrices(source, column, len(ys), H, W, cut))
-             for source, ys, xs in phases(x, kernel, stride, padding) for column, kx in enumerate(xs)]
-    add_products(pairs, rows(y))
+    """x (N, C, H, W), w (O, C, kh, kw) -> y (N, O, H', W'): for each column of the kernel one product with all rows"""
+    (O, C, kh, kw), size, N = w.shape, y.shape[2:], len(x)
+    cut = pieces(O * C * kh * size[1] * N, size[1], stride)
+    x = bordered(x, padding, padding, padding, padding)
+    add_products([(w[..., i].transpose(0, 2, 1).reshape(O, -1),  # (O, C, kh) -> (O, kh C)
+                   matrices(x, 0, i, kh, size, cut, stride)) for i in range(kw)], matrices(rows(y), 0, 0, 1, size, cut))
 
 
 def rows_weight_gradient(g, x, stride, padding, dw):
-    (O, C, *kernel), (H, W), N = dw.shape, g.shape[2:], len(x)
-    cut = pieces(O * C * -(-kernel[0] // stride) * W * N, W)
-    a = matrices(bordered(g, 0, 0, 0, 0), 0, 1, H, W, cut)  # (H, cut, O, n)
-    block = max(1, BLOCK // (C * W * N))
-    for source, ys, xs in phases(x, kernel, stride, padding):
-        for column, kx in enumerate(xs):
-            b = matrices(source, column, len(ys), H, W, cut).transpose(0, 1, 3, 2)  # (H, cut, n, k C)
+    """g (N, O, H', W'), x (N, C, H, W) -> dw (O, C, kh, kw)"""
+    (O, C, kh, kw), size, N = dw.shape, g.shape[2:], len(x)
+    cut = pieces(O * C * kh * size[1] * N, size[1], stride)
+    x, g = bordered(x, padding, padding, padding, padding), bordered(g, 0, 0, 0, 0)
+    a = matrices(g, 0, 0, 1, size, cut)  # (H', cut, O, n)
+    block = max(1, BLOCK // a[0].size)
+    for i in range(kw):
+        b = matrices(x, 0, i, kh, size, cut, stride).swapaxes(2, 3)  # (H', cut, n, kh C)
 
-            def work(first, last):
-                return np.sum([np.matmul(a[y : min(y + block, last)], b[y : min(y + block, last)]).sum((0, 1))
-                               for y in range(first, last, block)], axis=0)
+        def work(first, last):
+            return np.sum([np.matmul(a[y : min(y + block, last)], b[y : min(y + block, last)]).sum((0, 1))
+                           for y in range(first, last, block)], axis=0)
 
-            total = np.sum(parallel(work, H, dw.size * H * W * N), axis=0)
-            dw[:, :, ys, kx] = total.reshape(O, len(ys), C).transpose(0, 2, 1)  # (O, k C) -> (O, C, k)
+        total = np.sum(parallel(work, len(a), dw[..., i].size * a[:, :, 0].size), axis=0)
+        dw[..., i] = total.reshape(O, kh, C).transpose(0, 2, 1)  # (O, kh C) -> (O, C, kh)
 
 
 def rows_input_gradient(g, w, stride, padding, dx):
-    """Each phase of dx is a convolution of g with the kernel entries that meet it, in reverse order."""
-    (O, C, *kernel), N = w.shape, len(g)
-    if stride > np.min(kernel):
-        dx[...] = 0  # phases that no kernel entry meets
+    """g (N, O, H', W'), w (O, C, kh, kw) -> dx (N, C, H, W)
 
-    def axis(phase, entries, size, size_out):
-        """(first row of dx, how many, zeros to put before and after g's rows)"""
-        skip = max(0, -(-(padding - phase) // stride))  # rows of this phase that lie in the padding
+    Every stride-th row and column of dx is a convolution without stride, of g with every stride-th row and column of
+    the kernel in reverse order.
+    """
+    (O, C, *kernel), N = w.shape, len(g)
+    if stride > np.min(kernel):  # some meet no entry of the kernel
+        parallel(lambda first, last: rows(dx)[first:last].fill(0), dx.shape[2], 40 * dx.size)
+
+    def axis(phase, k, size, size_out):
+        """(first row of dx, how many, zeros to put before and after g's rows) for the kernel rows phase, phase + stride.."""
+        skip = max(0, -(-(padding - phase) // stride))  # rows that lie in the padding
         first = skip * stride + phase - padding
         count = len(range(first, size, stride))
-        return first, count, len(entries) - 1 - skip, skip + count - size_out
+        return first, count, len(range(phase, k, stride)) - 1 - skip, skip + count - size_out
 
-    for (top, ys), (left, xs) in itertools.product(taps(kernel[0], stride), taps(kernel[1], stride)):
+    for top, left in np.ndindex(*np.minimum(kernel, stride)):
+        part = w[:, :, top::stride, left::stride][:, :, ::-1, ::-1]
         (i, H, *vertical), (j, W, *horizontal) = (
-            axis(*a) for a in ((top, ys, dx.shape[2], g.shape[2]), (left, xs, dx.shape[3], g.shape[3])))
+            axis(*a) for a in zip((top, left), kernel, dx.shape[2:], g.shape[2:]))
         if H < 1 or W < 1:
             continue
         source = bordered(g, *vertical, *horizontal)
-        cut = pieces(O * C * len(ys) * W * N, W)
-        pairs = [(w[:, :, ys[::-1], kx].transpose(1, 2, 0).reshape(C, -1),  # (O, C, k) -> (C, k O)
-                  matrices(source, column, len(ys), H, W, cut)) for column, kx in enumerate(xs[::-1])]
-        out = rows(dx) if stride == 1 else scratch((H, C, W, N), g.dtype)
-        add_products(pairs, out)
-        if stride > 1:
-            copy(out, rows(dx)[i::stride, :, j::stride])
+        cut = pieces(part[..., 0].size * W * N, W, stride)
+        out = rows(dx)[i::stride, :, j::stride]
+        h, c, v, e = out.strides
+        add_products([(part[..., q].transpose(1, 2, 0).reshape(C, -1),  # (O, C, k) -> (C, k O)
+                       matrices(source, 0, q, part.shape[2], (H, W), cut)) for q in range(part.shape[3])],
+                     as_strided(out, (H, cut, C, W // cut * N), (h, W // cut * v, c, e)))
 
 
 # ---------------------------------------------------------------------------------------------- tiles

@@ -1,10 +1,11 @@
 """Speed, measured in one call so that only ratios matter.
 
     python tests/bench.py mlp       a training step of the MLP beside PyTorch's (2.13, CPU)
+    python tests/bench.py resnet    a training step of ResNet-18 beside PyTorch's; --layers: layer by layer
     python tests/bench.py kernel    the sparse kernel's methods; the infinite kernel beside neural-tangents' (JAX, CPU)
 
 Each implementation runs in a process of its own. `mlp` gives each 1 and 2 threads, alternates rounds between all and
-takes the best time of each. NEURAL_TANGENTS=PYTHON names the Python of an environment that has neural-tangents.
+takes the best time of each; `resnet` gives each all cores. NEURAL_TANGENTS=PYTHON names the Python of an environment that has neural-tangents.
 """
 
 import os
@@ -114,6 +115,170 @@ def mlp():
         print(f"{width:5} {us:7.0f} {threads:9} {their_us:8.0f} {their_threads:9} {us / their_us:6.2f}")
 
 
+# ---------------------------------------------------------------------------------------------- ResNet-18
+
+RESNET_WIDTHS, RESNET_BATCH, RESNET_ROUNDS = (8, 18, 32, 64), 128, 4
+IMPLEMENTATIONS = ("ours", "NCHW", "channels_last")  # the last two are PyTorch's memory formats
+
+
+def resnet_ours(width):
+    """The training step of exp_resnet_cifar.py on one batch."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+
+    import exp_resnet_cifar
+    import nn
+    import train
+
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((RESNET_BATCH, 3, 32, 32), np.float32), rng.integers(0, 10, RESNET_BATCH)
+    model = exp_resnet_cifar.ResNet18(width)
+    optimizer = nn.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    return lambda: train.train_step(model, optimizer, x, y)
+
+
+def resnet_pytorch(width, memory_format):
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, channels_in, channels, stride):
+            super().__init__()
+            self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(channels)
+            self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(channels)
+            self.shortcut = nn.Sequential()
+            if stride != 1:
+                self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False),
+                                              nn.BatchNorm2d(channels))
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x)))))
+            return torch.relu_(y + self.shortcut(x))
+
+    w = width
+    stages = [Block(i, o, s) for i, o, s in ((w, w, 1), (w, w, 1), (w, 2 * w, 2), (2 * w, 2 * w, 1),
+              (2 * w, 4 * w, 2), (4 * w, 4 * w, 1), (4 * w, 8 * w, 2), (8 * w, 8 * w, 1))]
+    model = nn.Sequential(nn.Conv2d(3, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True), *stages,
+                          nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8 * w, 10)).to(memory_format=memory_format)
+    x = torch.randn(RESNET_BATCH, 3, 32, 32).to(memory_format=memory_format)
+    y = torch.randint(0, 10, (RESNET_BATCH,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def resnet_step(name, width):
+    if name == "ours":
+        return resnet_ours(width)
+    import torch
+
+    return resnet_pytorch(width, torch.contiguous_format if name == "NCHW" else torch.channels_last)
+
+
+def layer_steps(name, width):
+    """{layer: the function that computes its output and all gradients}, for each kind of convolution in ResNet-18."""
+    layers = {"stem": (3, width, 32, 3, 1)}
+    for stage in range(4):
+        channels, side = width << stage, 32 >> stage
+        if stage:
+            layers[f"{channels // 2}->{channels}, {2 * side}/2"] = channels // 2, channels, 2 * side, 3, 2
+            layers[f"{channels // 2}->{channels}, {2 * side}/2, 1x1"] = channels // 2, channels, 2 * side, 1, 2
+        layers[f"{channels}->{channels}, {side}"] = channels, channels, side, 3, 1
+    return {layer: layer_step(name, *sizes) for layer, sizes in layers.items()}
+
+
+def layer_step(name, channels_in, channels, side, k, stride):
+    shape_in, shape_out = (RESNET_BATCH, channels_in, side, side), (RESNET_BATCH, channels, side // stride, side // stride)
+    inner = channels_in > 3  # the network's own input needs no gradient
+    if name == "ours":
+        sys.path.insert(0, str(ROOT))
+        import numpy as np
+
+        import conv
+
+        x, g = conv.empty(shape_in, np.float32), conv.empty(shape_out, np.float32)
+        x[...], g[...] = 1, 1
+        w = np.ones((channels, channels_in, k, k), np.float32)
+
+        def step():
+            conv.forward(x, w, stride, k // 2)
+            conv.weight_gradient(g, x, w.shape, stride, k // 2)
+            if inner:
+                conv.input_gradient(g, w, x.shape, stride, k // 2)
+
+        return step
+    import torch
+
+    memory_format = torch.contiguous_format if name == "NCHW" else torch.channels_last
+    x = torch.ones(shape_in).to(memory_format=memory_format).requires_grad_(inner)
+    w = torch.ones(channels, channels_in, k, k).to(memory_format=memory_format).requires_grad_()
+    g = torch.ones(shape_out).to(memory_format=memory_format)
+    return lambda: torch.nn.functional.conv2d(x, w, stride=stride, padding=k // 2).backward(g)
+
+
+def best_of(step, seconds):
+    """The least time of a call within about this many seconds, after one call to warm up."""
+    step()
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def resnet_worker(name, width, layers):
+    """Answer every line on standard input with the least seconds of a step and the peak memory in MB, or with the
+    seconds of every layer.
+    """
+    import json
+    import resource
+
+    steps = layer_steps(name, width) if layers else {"step": resnet_step(name, width)}
+    for _ in sys.stdin:
+        found = {key: best_of(step, 0.3 if layers else 3) for key, step in steps.items()}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        print(json.dumps([found, peak]), flush=True)
+
+
+def resnet(layers):
+    import json
+
+    what = "all gradients of each convolution" if layers else "a training step"
+    print(f"ResNet-18, batch {RESNET_BATCH}, {os.cpu_count()} cores: {what}, best of {RESNET_ROUNDS} rounds")
+    print("milliseconds: ours, PyTorch NCHW, channels_last, ratio to the better"
+          + ("" if layers else "; peak memory of the process in MB: ours, that format's, ratio"))
+    for width in RESNET_WIDTHS:
+        workers = {name: subprocess.Popen([sys.executable, __file__, "resnet-worker", name, str(width), layers],
+                                          text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                   for name in IMPLEMENTATIONS}
+        seconds, peak = {}, {}
+        for _ in range(RESNET_ROUNDS):
+            for name, process in workers.items():
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                found, peak[name] = json.loads(process.stdout.readline())
+                for key, value in found.items():
+                    seconds[name, key] = min(value, seconds.get((name, key), value))
+        for process in workers.values():
+            process.stdin.close()
+            process.wait()
+        for key in found:
+            ours, *theirs = (1000 * seconds[name, key] for name in IMPLEMENTATIONS)
+            line = f"{ours:8.1f} {theirs[0]:8.1f} {theirs[1]:8.1f} {ours / min(theirs):6.2f}"
+            better = IMPLEMENTATIONS[1 + theirs.index(min(theirs))]
+            print(f"width {width:3} {key if layers else '':22} {line}"
+                  + ("" if layers else f"  {peak['ours']:7.0f} {peak[better]:7.0f} {peak['ours'] / peak[better]:6.2f}"),
+                  flush=True)
+
+
 # ---------------------------------------------------------------------------------------------- kernel
 
 
@@ -190,6 +355,10 @@ def kernel():
 if __name__ == "__main__":
     if sys.argv[1:] in (["mlp"], ["kernel"]):
         {"mlp": mlp, "kernel": kernel}[sys.argv[1]]()
+    elif sys.argv[1:] in (["resnet"], ["resnet", "--layers"]):
+        resnet("--layers" if len(sys.argv) == 3 else "")
+    elif len(sys.argv) == 5 and sys.argv[1] == "resnet-worker":
+        resnet_worker(sys.argv[2], int(sys.argv[3]), bool(sys.argv[4]))
     elif len(sys.argv) == 3 and sys.argv[1] == "kernel-worker":
         kernel_worker(sys.argv[2])
     elif len(sys.argv) == 4 and sys.argv[1] == "worker":
