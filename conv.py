@@ -214,12 +214,12 @@ def rows_input_gradient(g, w, stride, padding, dx):
     Every stride-th row and column of dx is a convolution without stride, of g with every stride-th row and column of
     the kernel in reverse order.
     """
-    (O, C, *kernel), N = w.shape, len(g)
+    C, kernel, N = w.shape[1], w.shape[2:], len(g)
     if stride > np.min(kernel):  # some meet no entry of the kernel
         parallel(lambda first, last: rows(dx)[first:last].fill(0), dx.shape[2], 40 * dx.size)
 
     def axis(phase, k, size, size_out):
-        """(first row of dx, how many, zeros to put before and after g's rows) for the kernel rows phase, phase + stride.."""
+        """(first row of dx, how many, zeros before and after g's rows) for the kernel rows phase, phase + stride, ..."""
         skip = max(0, -(-(padding - phase) // stride))  # rows that lie in the padding
         first = skip * stride + phase - padding
         count = len(range(first, size, stride))

@@ -363,8 +363,8 @@ def fig10_draw(points, metric):
         label = f"width {p.settings.width}" + (" (dense)" if sum(sizes) == sum(kept) else "")
         left.plot(kept, "o-", color=f"C{i}", markersize=3, label=label)
         right.plot(np.divide(kept, sizes), "o-", color=f"C{i}", markersize=3, label=label)
-        summary.append(f"width {p.settings.width}: {sum(kept):,} of {sum(sizes):,} weights, at most {max(kept):,} a layer; "
-                       f"{sum(k < s for k, s in zip(kept, sizes))} of {len(sizes)} layers are cut")
+        summary.append(f"width {p.settings.width}: {sum(kept):,} of {sum(sizes):,} weights, "
+                       f"at most {max(kept):,} a layer; {sum(k < s for k, s in zip(kept, sizes))} of {len(sizes)} layers are cut")
     for ax, label in ((left, "kept weights"), (right, "connectivity (kept / all)")):
         ax.set(yscale="log", ylabel=label)
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)

@@ -5,7 +5,8 @@
     python tests/bench.py kernel    the sparse kernel's methods; the infinite kernel beside neural-tangents' (JAX, CPU)
 
 Each implementation runs in a process of its own. `mlp` gives each 1 and 2 threads, alternates rounds between all and
-takes the best time of each; `resnet` gives each all cores. NEURAL_TANGENTS=PYTHON names the Python of an environment that has neural-tangents.
+takes the best time of each; `resnet` gives each all cores. NEURAL_TANGENTS=PYTHON names the Python of an environment
+that has neural-tangents.
 """
 
 import os
@@ -195,7 +196,8 @@ def layer_steps(name, width):
 
 
 def layer_step(name, channels_in, channels, side, k, stride):
-    shape_in, shape_out = (RESNET_BATCH, channels_in, side, side), (RESNET_BATCH, channels, side // stride, side // stride)
+    shape_in = RESNET_BATCH, channels_in, side, side
+    shape_out = RESNET_BATCH, channels, side // stride, side // stride
     inner = channels_in > 3  # the network's own input needs no gradient
     if name == "ours":
         sys.path.insert(0, str(ROOT))
