@@ -7,7 +7,14 @@ alone, with a border of zeros kept around it. Then, with no copy at all,
   is the product of the same matrices; the input gradient is the same convolution of the output gradient.
 - "tiles", for 3 x 3 kernels with many channels: Winograd's F(4x4, 3x3) (Lavin and Gray 2016, arXiv 1509.09308) needs
   36 products of (O, C) matrices for 16 outputs instead of 144. Its transforms are matrix products as well.
-A stride only changes the strides of those views.
+A stride only changes the strides of the views.
+
+Measured on two cores, milliseconds at batch 128. Tiles instead of rows: 58 -> 26 forward at 64 channels of 32 x 32;
+at 16 nothing. BLAS threads stopped: 40 -> 26. Products small enough to need no packing: 7 -> 5.5 (18 channels), their
+weight gradient 11 -> 5. Strides without copies: 43 -> 30. Weight gradient by threads over the 36 products instead of
+over images: 66 -> 26 (512 channels). NumPy's buffer (below): BatchNorm of small images 3 times as fast. Memory used
+again and freed during the backward pass: a step 1,800 -> 1,530 (width 64). Nothing: larger tiles of work, threads for
+small images, BatchNorm by channels.
 """
 
 import functools
@@ -219,7 +226,7 @@ def rows_input_gradient(g, w, stride, padding, dx):
         parallel(lambda first, last: rows(dx)[first:last].fill(0), dx.shape[2], 40 * dx.size)
 
     def axis(phase, k, size, size_out):
-        """(first row of dx, how many, zeros before and after g's rows) for the kernel rows phase, phase + stride, ..."""
+        """(first row of dx, how many, zeros before and after g's rows) for kernel rows phase, phase + stride, ..."""
         skip = max(0, -(-(padding - phase) // stride))  # rows that lie in the padding
         first = skip * stride + phase - padding
         count = len(range(first, size, stride))

@@ -364,7 +364,7 @@ def fig10_draw(points, metric):
         left.plot(kept, "o-", color=f"C{i}", markersize=3, label=label)
         right.plot(np.divide(kept, sizes), "o-", color=f"C{i}", markersize=3, label=label)
         summary.append(f"width {p.settings.width}: {sum(kept):,} of {sum(sizes):,} weights, "
-                       f"at most {max(kept):,} a layer; {sum(k < s for k, s in zip(kept, sizes))} of {len(sizes)} layers are cut")
+                       f"at most {max(kept):,} a layer; {np.less(kept, sizes).sum()} of {len(sizes)} layers are cut")
     for ax, label in ((left, "kept weights"), (right, "connectivity (kept / all)")):
         ax.set(yscale="log", ylabel=label)
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)

@@ -134,7 +134,7 @@ def test_a_sparse_run_learns_and_keeps_its_budget(settings):
     (("--bases", "8,x"), "--bases is a list of widths such as 8,12,18, not '8,x'"),
     (("--widths", ""), "--widths is a list"),
     (("--width", 4, "--base-width", 8), "width 4 cannot keep the weights of the wider base 8"),
-    (("--device", "gpu"), "invalid choice"),
+    (("--device", "gpu"), "--device is one of cpu, not gpu"),
     (("--sweep", "fig10"), "fig10 needs no training; --plot fig10 draws it"),
     (("--plot", "fig6"), "none of the"),
     (("--batch", 1), "--batch must be a number of at least 2"),
