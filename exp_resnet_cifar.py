@@ -38,6 +38,8 @@ class Settings(train.Settings):
     dense: bool = setting(False, "keep all weights of this width instead")
     how: str = setting("largest-first", "which layers lose weights", choices=("largest-first", "proportional"))
     io_only: bool = setting(False, "remove whole kernels, never part of one (Figure 9)")
+    schedule: str = setting("steps", "of the learning rate: steps (times 0.1 at 1/6, 2/5 and 2/3 of the epochs), "
+                            "cosine (to 0 at the end) or constant", choices=("steps", "cosine", "constant"))
     momentum: float = setting(0.9, "of SGD", least=0)
     weight_decay: float = setting(5e-4, "of SGD", least=0)
     padding: int = setting(4, "black pixels on each side of the images that random crops are taken from", least=0)
@@ -84,13 +86,20 @@ def load(s):
     return dataset.augmented(s.padding, s.flips)
 
 
-class BasicBlock(nn.Module):
-    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); the shortcut is a 1 x 1 convolution where shapes change."""
+def conv3x3(channels_in, channels, stride=1):
+    return nn.Conv2d(channels_in, channels, 3, stride, padding=1)
 
-    def __init__(self, channels_in, channels, stride):
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+class BasicBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); the shortcut is a 1 x 1 convolution where shapes change.
+
+    middle: channels between the two convolutions; conv: what makes them.
+    """
+
+    def __init__(self, channels_in, channels, stride, middle, conv):
+        self.conv1 = conv(channels_in, middle, stride)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = conv(middle, channels)
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = []
         if stride != 1 or channels_in != channels:
@@ -107,17 +116,19 @@ class ResNet18(nn.Module):
     """ResNet-18 for images of 32 x 32 (He et al. 2016): a 3 x 3 convolution, four stages of two basic blocks with
     width, 2, 4 and 8 width channels, the mean over each image, a linear classifier.
 
-    Its parameters come in forward order. All weights are there: sparsify takes them away.
+    Its parameters come in forward order. All weights are there: sparsify takes them away. The bottlenecks of Figure 3
+    replace conv, which makes the 3 x 3 convolutions, or middle, the channels inside a block of so many channels.
     """
 
-    def __init__(self, width, num_classes=10):
-        self.conv = nn.Conv2d(3, width, 3, padding=1)
+    def __init__(self, width, num_classes=10, conv=conv3x3, middle=lambda channels: channels):
+        self.conv = conv(3, width)
         self.bn = nn.BatchNorm2d(width)
         self.blocks, channels_in = [], width
         for stage in range(4):
+            channels = width << stage
             for stride in (1 if stage == 0 else 2, 1):
-                self.blocks.append(BasicBlock(channels_in, width << stage, stride))
-                channels_in = width << stage
+                self.blocks.append(BasicBlock(channels_in, channels, stride, middle(channels), conv))
+                channels_in = channels
         self.classifier = nn.Linear(channels_in, num_classes)
 
     def forward(self, x):
@@ -127,13 +138,17 @@ class ResNet18(nn.Module):
         return self.classifier(nn.global_avg_pool(x))
 
 
-def layer_sizes(width, num_classes):
-    """Weights of each counted layer of ResNet18(width, num_classes), in the order of nn.layers."""
-    sizes, channels_in = [27 * width], width
+def layer_sizes(width, num_classes, size=lambda channels_in, channels: 9 * channels_in * channels,
+                middle=lambda channels: channels):
+    """Weights of each counted layer of ResNet18(width, num_classes), in the order of nn.layers.
+
+    size: weights of a 3 x 3 convolution, or of what takes its place; middle: as in ResNet18.
+    """
+    sizes, channels_in = [size(3, width)], width
     for stage in range(4):
         channels = width << stage
         for first in (True, False):
-            sizes += [9 * channels_in * channels, 9 * channels**2]
+            sizes += [size(channels_in, middle(channels)), size(middle(channels), channels)]
             sizes += [channels_in * channels] if first and stage else []
             channels_in = channels
     return [*sizes, channels_in * num_classes]
@@ -152,7 +167,9 @@ def build(s, dataset):
 
 
 def schedule(s):
-    return nn.MultiStepLR(s.lr, [round(m * s.epochs / EPOCHS) for m in MILESTONES])
+    """The learning rate of an epoch; the paper's milestones move with the number of epochs."""
+    return {"steps": nn.MultiStepLR(s.lr, [round(m * s.epochs / EPOCHS) for m in MILESTONES]),
+            "cosine": nn.CosineLR(s.lr, s.epochs), "constant": nn.ConstantLR(s.lr)}[s.schedule]
 
 
 # ---------------------------------------------------------------------------------------------- figures

@@ -515,7 +515,7 @@ def estimate(run, steps=20):
         begin = time.perf_counter()
         Progress().add(*train_step(model, optimizer, x, labels), labels)
         timed.append(time.perf_counter() - begin)
-        if len(timed) == steps:
+        if len(timed) == steps or len(timed) > 1 and np.sum(timed) > 5:
             break
     begin = time.perf_counter()
     x, labels = next(dataset.test_batches(run.experiment.test_batch))
@@ -686,7 +686,7 @@ def table(figure, points, metric, script):
 
 
 def plot_command(experiment, name, settings):
-    return " ".join(["python", experiment.script, "--plot", name, *settings.flags(places=("seeds",))])
+    return " ".join(["python", experiment.script, "--plot", name, *settings.flags(places=("seeds", "bases", "widths"))])
 
 
 def record_of(experiment, name, settings, runs, results, computed):
@@ -744,8 +744,9 @@ def plot(experiment, name, settings, metric, record):
     grouped = points(runs, results)
     computed = [computed_for(experiment, name, settings, from_record)] if figure.compute else []
     picture, summary = figure.draw(grouped, metric, *computed)
-    print(*table(figure, grouped, metric, experiment.script), sep="\n")
-    print(f"\n{name}: {figure.help}", *summary, sep="\n")
+    if figure.trained:
+        print(*table(figure, grouped, metric, experiment.script), "", sep="\n")
+    print(f"{name}: {figure.help}", *summary, sep="\n")
     where = record_path(experiment, name).relative_to(ROOT)
     if figure.trained:
         print(f"{len(runs) - missing} of {len(runs)} runs are done"
@@ -755,13 +756,20 @@ def plot(experiment, name, settings, metric, record):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{experiment.name}_{name}.png"
     picture.savefig(path, dpi=150)
-    if record:
+    if record and figure.trained:
         content = record_of(experiment, name, settings, runs, results, *computed or [None])
         write_whole(record_path(experiment, name), content)
     print(f"drawn to {path}")
 
 
 # ---------------------------------------------------------------------------------------------- main
+
+
+def duration(seconds):
+    """As in "40 s", "12 minutes", "5.5 hours" or "3.1 days"."""
+    for unit, length, below in (("s", 1, 120), ("minutes", 60, 120), ("hours", 3600, 72), ("days", 86400, math.inf)):
+        if seconds < below * length:
+            return f"{seconds / length:.{1 if length > 60 else 0}f} {unit}"
 
 
 def dry_run(experiment, runs):
@@ -774,12 +782,12 @@ def dry_run(experiment, runs):
             continue
         layers, seconds, memory, disk = estimate(run)
         total += seconds
-        print(f"{settings.run_name()}: about {seconds:.0f} s, {memory / 2**20:.0f} MB of memory, "
+        print(f"{settings.run_name()}: about {duration(seconds)}, {memory / 2**20:.0f} MB of memory, "
               f"{disk / 2**20:.1f} MB of disk")
         if len(runs) == 1:
             print(*layers, sep="\n")
     if len(runs) > 1:
-        print(f"{len(runs)} runs, about {total / 60:.0f} minutes in all for one process")
+        print(f"{len(runs)} runs, about {duration(total)} in all for one process")
 
 
 def perform(experiment, settings, todo, argv):

@@ -65,6 +65,9 @@ def test_schedule_moves_with_the_number_of_epochs():
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4])
     short = [resnet.schedule(resnet.Settings(epochs=30))(epoch) for epoch in (4, 5, 11, 12, 19, 20)]
     np.testing.assert_allclose(short, [0.1, 0.01, 0.01, 0.001, 0.001, 1e-4])
+    cosine = [resnet.schedule(resnet.Settings(epochs=30, schedule="cosine"))(epoch) for epoch in (0, 15)]
+    np.testing.assert_allclose(cosine, [0.1, 0.05])
+    assert resnet.schedule(resnet.Settings(schedule="constant"))(299) == 0.1
 
 
 @pytest.mark.parametrize("name, flip, expected", [("cifar10", "auto", True), ("cifar100", "auto", True),
