@@ -105,7 +105,7 @@ def scratch(shape, dtype, halo=0):
             memory = mmap.mmap(-1, max(nbytes, 1))
     buffer = Buffer(shape, dtype, memory)
     buffer.key, buffer.halo = key, halo
-    return np.asarray(buffer)  # a plain view: its base, and that of all its views, is the buffer
+    return np.asarray(buffer)  # a plain array whose base is the buffer; it is the base of all its views
 
 
 def empty(shape, dtype, halo=1):
@@ -128,15 +128,16 @@ def images(x):
 def bordered(x, top, bottom, left, right):
     """(N, C, H, W) as (top + H + bottom, C, left + W + right, N) with zeros around it, negative sizes cutting off.
 
-    A view where x lies in a wide enough border of zeros, else a copy. Rows of a channel are contiguous.
+    A view where x lies in a wide enough border of zeros, else a copy. Rows of a channel are contiguous, and a row's
+    stride is that of C channels.
     """
     x = rows(x)
     H, C, W, N = x.shape
-    buffer, need = x.base, max(top, bottom, left, right)
-    if need <= 0 and x.strides[2:] == (N * x.itemsize, x.itemsize):
+    full, need = x.base, max(top, bottom, left, right)
+    if need <= 0 and x.strides == (C * x.strides[1], x.strides[1], N * x.itemsize, x.itemsize):
         return x[-top : H + bottom, :, -left : W + right]
-    if isinstance(buffer, Buffer) and need <= buffer.halo:
-        halo, full = buffer.halo, np.asarray(buffer)
+    if full is not None and isinstance(full.base, Buffer) and need <= full.base.halo:
+        halo = full.base.halo
         inner = full[halo : halo + H, :, halo : halo + W]
         if inner.__array_interface__ == x.__array_interface__ and full.shape == (H + 2 * halo, C, W + 2 * halo, N):
             return full[halo - top : halo + H + bottom, :, halo - left : halo + W + right]

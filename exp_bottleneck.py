@@ -8,9 +8,9 @@
 Linear: each 3 x 3 convolution d_i -> d_o becomes a 3 x 3 one d_i -> d_b and a 1 x 1 one d_b -> d_o with nothing
 between, a factorisation of rank d_b of the (9 d_i) x d_o matrix. The narrowest member has d_b = min(d_i, d_o), and
 where d_o <= d_i it can compute what the plain network can; wider ones keep its number of weights by one common
-fraction, d_b = max(1, round(f min(d_i, d_o))). Non-linear: the middle of each block has max(1, round(f d)) of its d channels, f
-such that the plain network's number of weights stays. The protocol is that of exp_resnet_cifar.py, which also trains
-the sparse and the plain networks: their runs are shared.
+fraction, d_b = max(1, round(f min(d_i, d_o))). Non-linear: the middle of each block has max(1, round(f d)) of its d
+channels, f such that the plain network's number of weights stays. The protocol is that of exp_resnet_cifar.py, which
+also trains the sparse and the plain networks: their runs are shared.
 """
 
 import sys
