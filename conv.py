@@ -277,7 +277,7 @@ def kernels_to_tiles(w, turned=False):
 
 
 def kernels_from_tiles(U, w):
-    """w = G^T U G: (36, O, C) -> (O, C, 3, 3)"""
+    """w = G^T U G: (6, 6, O, C) or (36, O, C) -> (O, C, 3, 3)"""
     w, U, GT = w.reshape(-1, 9), U.reshape(36, -1), G2.T.astype(w.dtype)
 
     def work(first, last):
@@ -286,17 +286,32 @@ def kernels_from_tiles(U, w):
     parallel(work, len(w), 324 * len(w))
 
 
-def to_tiles(T, d, V, half):
-    """V = T d T^T of tiles side by side, every fourth column one: V (6, 6, C, tile, N) from d (t, C, W, N).
+def tiled(x, size, t, count, parts=1):
+    """Blocks of `count` tiles side by side, every fourth row and column one, each of t rows and columns of x
+    (H', C, W', N): a view (strip of columns, row, part of the images, C, t, columns, N / parts); size: of the output.
+    """
+    (H, W), (h, c, v, e), n = size, x.strides, x.shape[3] // parts
+    return as_strided(x, (W // (4 * count), H // 4, parts, x.shape[1], t, 4 * (count - 1) + t, n),
+                      (4 * count * v, 4 * h, n * e, c, h, v, e))
+
+
+def transform(T, V):
+    """The function that takes d (C, t, columns, N), as `tiled` gives it, and writes T d T^T into V (6, 6, C, tile, N).
 
     T (6, t) is B^T for the six rows and columns that a tile of four outputs needs, A for four rows and columns.
-    half: scratch memory (C, 6, W, N).
     """
-    t, C, W, N = d.shape
-    np.matmul(T, d.reshape(t, C, W * N).transpose(1, 0, 2), out=half.reshape(C, 6, W * N))
-    c, i, w, n = half.strides
-    columns = as_strided(half, (6, C, V.shape[3], t, N), (i, c, 4 * w, w, n))
-    np.matmul(T, columns, out=V.transpose(0, 2, 3, 1, 4))  # (6, C, tile, 6, N)
+    _, _, C, count, n = V.shape
+    t = T.shape[1]
+    half = scratch((C, 6, 4 * (count - 1) + t, n), V.dtype)
+    c, i, v, e = half.strides
+    flat, columns = half.reshape(C, 6, -1), as_strided(half, (6, C, count, t, n), (i, c, 4 * v, v, e))
+    target = V.transpose(0, 2, 3, 1, 4)  # (6, C, tile, 6, N)
+
+    def apply(d):
+        np.matmul(T, d.reshape(C, t, -1), out=flat)
+        np.matmul(T, columns, out=target)
+
+    return apply
 
 
 def tiles_forward(x, U, padding, y):
@@ -306,65 +321,87 @@ def tiles_forward(x, U, padding, y):
     """
     (O, C), (H, W), N, dtype = U.shape[2:], y.shape[2:], len(x), x.dtype
     BT, AT = B.T.astype(dtype), A.T.astype(dtype)
-    count = next(n for n in (4, 2, 1) if n == 1 or W % (4 * n) == 0 and 36 * n * max(C, O) * N <= 2 * BLOCK)  # tiles
+    count = tiles_at_a_time(max(C, O), W, N)
     # Few tiles are cut into `parts` of the images, so that there is work for every thread.
     parts = 1 if H * W > 16 * count or N % threads()[0] else threads()[0]
-    n, wide = N // parts, 4 * count + 2
-    source, out = bordered(x, padding, padding, padding, padding), rows(y)
-    h, c, v, e = source.strides
-    sources = as_strided(source, (W // (4 * count), H // 4, parts, C, 6, wide, n),
-                         (4 * count * v, 4 * h, n * e, c, h, v, e))
-    h, c, v, e = out.strides
-    targets = as_strided(out, (W // (4 * count), H // 4, parts, 4, O, count, 4, n),
-                         (4 * count * v, 4 * h, n * e, h, c, 4 * v, v, e))
-    blocks = list(np.ndindex(sources.shape[:3]))
+    sources = tiled(bordered(x, padding, padding, padding, padding), (H, W), 6, count, parts)
+    targets = tiled(rows(y), (H, W), 4, count, parts)  # (strip, row, part, O, 4, 4 tile, n)
+    targets = targets.reshape(*targets.shape[:5], count, 4, -1)
+    blocks, n = list(np.ndindex(sources.shape[:3])), N // parts
 
     def work(first, last):
-        half, V, M, half_out = (scratch(shape, dtype) for shape in (
-            (C, 6, wide, n), (6, 6, C, count, n), (6, 6, O, count, n), (6, O, 4, count, n)))
-        c, i, v, e = half.strides
-        columns = as_strided(half, (6, C, count, 6, n), (i, c, 4 * v, v, e))
-        flat_half, flat_V, flat_M, flat_half_out = (a.reshape(*a.shape[:-2], -1) for a in (half, V, M, half_out))
+        V, M = scratch((6, 6, C, count, n), dtype), scratch((6, 6, O, count, n), dtype)
+        half = scratch((6, O, 4, count, n), dtype)
+        to_tiles, V, M = transform(BT, V), V.reshape(6, 6, C, -1), M.reshape(6, 6, O, -1)
+        columns, flat, lines = M.transpose(1, 2, 0, 3), half.reshape(6, O, 4, -1), half.transpose(1, 2, 3, 0, 4)
         for block in blocks[first:last]:
-            np.matmul(BT, sources[block].reshape(C, 6, -1), out=flat_half)
-            np.matmul(BT, columns, out=V.transpose(0, 2, 3, 1, 4))
-            np.matmul(U, flat_V, out=flat_M)
-            np.matmul(AT, flat_M.transpose(1, 2, 0, 3), out=flat_half_out)  # (6, O, 6, tile n) -> (6, O, 4, tile n)
-            np.matmul(AT, half_out.transpose(2, 1, 3, 0, 4), out=targets[block])  # (4, O, tile, 6, n)
+            to_tiles(sources[block])
+            np.matmul(U, V, out=M)
+            np.matmul(AT, columns, out=flat)  # (6, O, 6, tile n) -> (6, O, 4, tile n)
+            np.matmul(AT, lines, out=targets[block])  # (O, 4, tile, 6, n) -> (O, 4, tile, 4, n)
 
     parallel(work, len(blocks), 36 * O * C * H * W // 16 * N)
 
 
-def tiles_weight_gradient(g, x, padding, dw):
-    """dw = G^T [sum over tiles of (A g A^T) (B^T x B)^T] G
+def tiles_at_a_time(channels, W, N):
+    """How many tiles side by side are transformed together: few enough for the cache."""
+    return next(n for n in (4, 2, 1) if n == 1 or W % (4 * n) == 0 and 36 * n * channels * N <= 2 * BLOCK)
 
-    A few rows of tiles at a time: threads share the channels to transform, then the 36 products, whose sums stay where
-    they are.
-    """
-    (O, C), (H, W), N, dtype = dw.shape[:2], g.shape[2:], len(x), x.dtype
+
+def tiles_weight_gradient(g, x, padding, dw):
+    """dw = G^T [sum over tiles of (A g A^T) (B^T x B)^T] G,  g (N, O, H', W'), x (N, C, H, W), dw (O, C, 3, 3)"""
     x, g = bordered(x, padding, padding, padding, padding), rows(g)
+    O, C = dw.shape[:2]
+    sums = sums_by_tiles if 36 * O * C <= BLOCK // 4 and len(g) > 4 else sums_by_products
+    kernels_from_tiles(sums(x, g, 36 * O * C * g[:, 0].size // 16), dw)
+
+
+def sums_by_tiles(x, g, cost):
+    """The sum over tiles (6, 6, O, C), small enough that each thread has one in its cache for a part of the tiles."""
+    (H, O, W, N), C, dtype = g.shape, x.shape[1], x.dtype
+    count = tiles_at_a_time(max(C, O), W, N)
+    xs, gs = tiled(x, (H, W), 6, count), tiled(g, (H, W), 4, count)
+    blocks = list(np.ndindex(xs.shape[:3]))
+
+    def work(first, last):
+        V, M = scratch((6, 6, C, count, N), dtype), scratch((6, 6, O, count, N), dtype)
+        x_to_tiles, g_to_tiles = transform(B.T.astype(dtype), V), transform(A.astype(dtype), M)
+        V, M = V.reshape(6, 6, C, -1).swapaxes(2, 3), M.reshape(6, 6, O, -1)
+        total, product = np.zeros((6, 6, O, C), dtype), scratch((6, 6, O, C), dtype)
+        for block in blocks[first:last]:
+            x_to_tiles(xs[block])
+            g_to_tiles(gs[block])
+            total += np.matmul(M, V, out=product)
+        return total
+
+    return np.sum(parallel(work, len(blocks), cost), axis=0)
+
+
+def sums_by_products(x, g, cost):
+    """The same where it is large, or tiles are few: a few rows of tiles at a time, threads share the channels to
+    transform, then the 36 products, whose sums stay where they are.
+    """
+    (H, O, W, N), C, dtype = g.shape, x.shape[1], x.dtype
     count = max(1, min(H // 4, 2**21 // (36 * max(C, O) * W // 4 * N)))  # rows of tiles
     V, M = scratch((6, 6, C, count, W // 4, N), dtype), scratch((6, 6, O, count, W // 4, N), dtype)
     total, product = np.zeros((36, O, C), dtype), scratch((36, O, C), dtype)
-    cost = 36 * O * C * H * W // 16 * N
+    sources = (B.T.astype(dtype), tiled(x, (H, W), 6, W // 4), V), (A.astype(dtype), tiled(g, (H, W), 4, W // 4), M)
     for top in range(0, H // 4, count):
         now = min(count, H // 4 - top)
 
-        def transform(first, last):
-            for T, source, out in ((B.T, x, V), (A, g, M)):
+        def to_tiles(first, last):
+            for T, source, out in sources:
                 channels = slice(out.shape[2] * first // 36, out.shape[2] * last // 36)
-                half = scratch((channels.stop - channels.start, 6, source.shape[2], N), dtype)
                 for k in range(now):
-                    y = 4 * (top + k)
-                    to_tiles(T.astype(dtype), source[y : y + T.shape[1], channels], out[:, :, channels, k], half)
+                    transform(T, out[:, :, channels, k])(source[0, top + k, 0, channels])
 
         def multiply(first, last):
             v, m = (a.reshape(36, a.shape[2], -1)[first:last, :, : now * W // 4 * N] for a in (V, M))
             total[first:last] += np.matmul(m, v.swapaxes(1, 2), out=product[first:last])
 
-        parallel(transform, 36, cost)
+        parallel(to_tiles, 36, cost)
         parallel(multiply, 36, cost)
-    kernels_from_tiles(total, dw)
+    return total
 
 
 # ---------------------------------------------------------------------------------------------- convolution
