@@ -21,13 +21,18 @@ import functools
 import math
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from threadpoolctl import ThreadpoolController
 
 # ---------------------------------------------------------------------------------------------- threads and memory
+
+BUFFER = 512  # NumPy copies operands with rows shorter than its buffer (8,192 entries) into it: 3 times as slow
+WORTH = 4e7  # multiplications from which two threads are faster than one, for Python lets only one call NumPy at a time
+
 
 @functools.cache
 def threads():
@@ -42,14 +47,11 @@ def threads():
     return count, ThreadPoolExecutor(max(1, count - 1), initializer=np.setbufsize, initargs=(BUFFER,))
 
 
-BUFFER = 512  # NumPy copies operands with rows shorter than its buffer (8,192 entries) into it: 3 times as slow
-
-
-WORTH = 4e7  # multiplications from which two threads are faster than one, for Python lets only one call NumPy at a time
-
-
 def parallel(work, count, cost):
-    """[work(first, last)] of as many parts of range(count) as there are threads, of one if the cost is small."""
+    """[work(first, last)] of as many parts of range(count) as there are threads, of one if the cost is small.
+
+    Where sums are over parts, rounding depends on the number of threads, and on nothing else.
+    """
     workers, pool = threads()
     parts = min(workers, count) if cost >= WORTH else 1
     edges = [count * i // parts for i in range(parts + 1)]
@@ -59,6 +61,7 @@ def parallel(work, count, cost):
         results = [work(edges[0], edges[1])]
     finally:
         np.setbufsize(before)
+        wait(others)  # whatever happened: nothing may write into memory that is used again
     return results + [other.result() for other in others]
 
 
@@ -76,13 +79,16 @@ class Buffer(np.ndarray):
     """
 
     STORED, LIMIT = {}, 2**32  # key: [memory]; bytes of it in all, at most
+    LOCK = threading.RLock()  # it may be collected within its own thread's turn
     stored = 0
     key, halo = None, 0
 
     def __del__(self):
-        if self.key is not None and Buffer.stored + self.nbytes <= Buffer.LIMIT:
-            Buffer.stored += self.nbytes
-            Buffer.STORED.setdefault(self.key, []).append(self.base)
+        if self.key is not None:
+            with self.LOCK:
+                if Buffer.stored + self.nbytes <= self.LIMIT:
+                    Buffer.stored += self.nbytes
+                    self.STORED.setdefault(self.key, []).append(self.base)
 
 
 def scratch(shape, dtype, halo=0):
@@ -93,16 +99,16 @@ def scratch(shape, dtype, halo=0):
         shape = H + 2 * halo, C, W + 2 * halo, N
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     key = (shape, np.dtype(dtype), halo) if halo else nbytes
-    stored = Buffer.STORED.get(key)
-    if stored:
-        memory = stored.pop()
-        Buffer.stored -= nbytes
-    else:
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # pages of 2 MiB
-            memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        else:
-            memory = mmap.mmap(-1, max(nbytes, 1))
+    memory = None
+    with Buffer.LOCK:
+        if Buffer.STORED.get(key):
+            memory = Buffer.STORED[key].pop()
+            Buffer.stored -= nbytes
+    if memory is None and hasattr(mmap, "MADV_HUGEPAGE"):  # pages of 2 MiB
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    elif memory is None:
+        memory = mmap.mmap(-1, max(nbytes, 1))
     buffer = Buffer(shape, dtype, memory)
     buffer.key, buffer.halo = key, halo
     return np.asarray(buffer)  # a plain array whose base is the buffer; it is the base of all its views
