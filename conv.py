@@ -414,8 +414,11 @@ def sums_by_products(x, g, cost):
 
 
 def output_size(x, w, stride, padding):
-    """(H, W) of the convolution; raises ValueError for shapes that do not fit."""
-    if len(x) != 4 or len(w) != 4 or x[1] != w[1]:
+    """(H, W) of the convolution of arrays x and w; raises ValueError for what does not fit together."""
+    if x.dtype != w.dtype or x.dtype.kind != "f":
+        raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}")
+    x, w = x.shape, w.shape
+    if len(x) != 4 or len(w) != 4 or x[1] != w[1] or x[0] < 1:
         raise ValueError(f"conv2d takes images (N, C, H, W) and weights (O, C, kh, kw) of one C, not {x} and {w}")
     if stride < 1 or padding < 0:
         raise ValueError(f"conv2d takes a stride of at least 1 and a padding of at least 0, not {stride} and {padding}")
@@ -432,7 +435,7 @@ def use_tiles(w, stride, size):
 
 def forward(x, w, stride, padding):
     """x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W')"""
-    size = output_size(x.shape, w.shape, stride, padding)
+    size = output_size(x, w, stride, padding)
     y = empty((len(x), len(w), *size), x.dtype, halo=0)
     if use_tiles(w.shape, stride, size):
         tiles_forward(x, kernels_to_tiles(w), padding, y)
@@ -444,7 +447,7 @@ def forward(x, w, stride, padding):
 def input_gradient(g, w, shape, stride, padding):
     """The gradient with respect to x of this shape, from g (N, O, H', W')"""
     dx = empty(shape, g.dtype, halo=0)
-    if padding <= 2 and use_tiles(w.shape, stride, shape[2:]):
+    if use_tiles(w.shape, stride, shape[2:]):
         # the convolution of g with the kernels turned round and (O, C) exchanged
         tiles_forward(g, kernels_to_tiles(w, turned=True).swapaxes(2, 3), 2 - padding, dx)
     else:

@@ -468,6 +468,9 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
     With add (N, C, H, W) and relu, the end of a residual block is one pass over the images instead of three.
     """
     engine_ = engine()
+    if x.ndim != 4 or x.shape[1] != len(running_mean) or add is not None and add.shape != x.shape:
+        raise ValueError(f"batch_norm of {len(running_mean)} channels takes images (N, {len(running_mean)}, H, W), "
+                         f"not {x.shape}" + (f", and as many to add, not {add.shape}" if add is not None else ""))
     if training:
         n = x.size // len(running_mean)
         if n < 2:
@@ -495,7 +498,7 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
 
 def windows(x, size, stride, padding=0, outside=0):
     """size^2 views of x (N, C, H, W): the entry (i, j) of every window; and the padded array that they look into."""
-    if stride < 1 or not 0 <= padding <= size // 2 or min(x.shape[2:]) + 2 * padding < size:
+    if size < 1 or stride < 1 or not 0 <= padding <= size // 2 or min(x.shape[2:]) + 2 * padding < size:
         raise ValueError(f"windows of {size}x{size} with stride {stride} and padding {padding} "
                          f"do not fit images of {x.shape[2]}x{x.shape[3]}")
     N, C, H, W = x.shape
@@ -509,7 +512,7 @@ def windows(x, size, stride, padding=0, outside=0):
 
 def avg_pool2d(x, size, stride=None, padding=0):
     """Mean over windows of size x size, padding counted as zeros:  dx = g / size^2, summed over windows"""
-    stride = stride or size
+    stride = size if stride is None else stride
     views, _ = windows(x.data, size, stride, padding)
     out = views[0].copy("K")
     for view in views[1:]:
@@ -532,7 +535,7 @@ def inside(full, shape, padding):
 
 def max_pool2d(x, size, stride=None, padding=0):
     """Largest entry of windows of size x size:  dx = g there, to the first of equals as in PyTorch"""
-    stride = stride or size
+    stride = size if stride is None else stride
     views, _ = windows(x.data, size, stride, padding, -math.inf)
     out = views[0].copy("K")
     for view in views[1:]:

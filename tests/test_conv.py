@@ -1,0 +1,1176 @@
+"""conv.py and the image operations of nn.py: convolution, BatchNorm, pools, and a whole ResNet-18."""
+
+import itertools
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+
+import conv
+import nn
+from exp_resnet_cifar import ResNet18
+
+TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def import_torch():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    torch.set_num_threads(1)  # for small arrays several are slower
+    return torch
+
+
+@pytest.fixture
+def torch():
+    return import_torch()
+
+
+@pytest.fixture
+def use_threads(monkeypatch):
+    """use_threads(n): from then on, even the smallest work is shared by n threads."""
+    conv.threads()  # BLAS itself uses one
+    pools = []
+
+    def use(count):
+        pools.append(ThreadPoolExecutor(count))
+        monkeypatch.setattr(conv, "threads", lambda: (count, pools[-1]))
+        monkeypatch.setattr(conv, "WORTH", 0)
+
+    yield use
+    for pool in pools:
+        pool.shutdown()
+
+
+@pytest.fixture
+def fresh_store(monkeypatch):
+    """A store of memory that holds nothing yet."""
+    monkeypatch.setattr(conv.Buffer, "STORED", {})
+    monkeypatch.setattr(conv.Buffer, "stored", 0)
+
+
+def relative_error(got, want):
+    """Largest difference over the largest wanted entry."""
+    assert got.shape == want.shape, f"{got.shape} instead of {want.shape}"
+    assert np.isfinite(got).all()
+    return np.abs(np.asarray(got, np.float64) - want).max(initial=0) / (np.abs(want).max(initial=0) or 1)
+
+
+def check(got, want, dtype, tolerance=None):
+    """Each array of `got` has this type and is near that of `want`, which is float64."""
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, theirs) < (tolerance or TOLERANCE[dtype])
+
+
+def in_engine(array, halo=0):
+    """A copy in the engine's order."""
+    out = conv.empty(array.shape, array.dtype, halo)
+    out[...] = array
+    return out
+
+
+def part_of(shape, index, array, halo=0):
+    """The same values as a view, by `index`, of a larger array in the engine's order, whose other entries are not 0."""
+    out = conv.empty(shape, array.dtype, halo)
+    out[...] = 7
+    out[index] = array
+    return out[index]
+
+
+def stored_as(axes, array):
+    """A copy whose axes lie in this order in memory."""
+    return np.ascontiguousarray(array.transpose(axes)).transpose(np.argsort(axes))
+
+
+def grown(shape, axis, by=1, times=1):
+    return tuple(n * times + by if i == axis else n for i, n in enumerate(shape))
+
+
+# The same images in another memory order.
+ORDERS = {
+    "C": lambda a: a.copy(),
+    "engine": in_engine,
+    "halo 1": lambda a: in_engine(a, 1),
+    "halo 2": lambda a: in_engine(a, 2),
+    "channels last": lambda a: stored_as((0, 2, 3, 1), a),
+    "reversed axes": lambda a: stored_as((3, 2, 1, 0), a),
+    "flipped": lambda a: a[:, :, ::-1, ::-1].copy()[:, :, ::-1, ::-1],
+    "flipped in halo 1": lambda a: in_engine(a[:, :, ::-1, ::-1], 1)[:, :, ::-1, ::-1],
+    "crop": lambda a: part_of((*a.shape[:2], a.shape[2] + 2, a.shape[3] + 2), np.s_[:, :, 1:-1, 1:-1], a, 1),
+    "every other image": lambda a: part_of(grown(a.shape, 0, 0, 2), np.s_[::2], a, 1),
+    "all but one image": lambda a: part_of(grown(a.shape, 0), np.s_[1:], a, 1),
+    "every other channel": lambda a: part_of(grown(a.shape, 1, 0, 2), np.s_[:, ::2], a),
+    "all but one column": lambda a: part_of(grown(a.shape, 3), np.s_[:, :, :, 1:], a),
+    "all but one row": lambda a: part_of(grown(a.shape, 2), np.s_[:, :, 1:], a, 2),
+}
+# Here a step from row to row is not C steps from channel to channel, so rows of channels do not line up.
+GAPS = {
+    "all but one channel": lambda a: part_of(grown(a.shape, 1), np.s_[:, 1:], a),
+    "first channels, halo 1": lambda a: part_of(grown(a.shape, 1, 2), np.s_[:, :-2], a, 1),
+    "every other row": lambda a: part_of(grown(a.shape, 2, 0, 2), np.s_[:, :, ::2], a, 1),
+    "rows upwards": lambda a: in_engine(a[:, :, ::-1])[:, :, ::-1],
+    "channels backwards": lambda a: in_engine(a[:, ::-1])[:, ::-1],
+}
+
+
+# ---------------------------------------------------------------------------------------------- convolution
+
+
+def convolve_slowly(x, w, g, stride, padding):
+    """(y, dx, dw) by the definition, one output pixel at a time."""
+    (_, _, H, W), (kh, kw) = x.shape, w.shape[2:]
+    x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    y, dx, dw = np.empty_like(g), np.zeros_like(x), np.zeros_like(w)
+    for i, j in np.ndindex(g.shape[2:]):
+        window = np.s_[:, :, stride * i : stride * i + kh, stride * j : stride * j + kw]
+        y[:, :, i, j] = np.tensordot(x[window], w, ((1, 2, 3), (1, 2, 3)))
+        dx[window] += np.tensordot(g[:, :, i, j], w, 1)
+        dw += np.tensordot(g[:, :, i, j], x[window], (0, 0))
+    return y, dx[:, :, padding : padding + H, padding : padding + W], dw
+
+
+def convolve_in_pytorch(x, w, g, stride, padding):
+    torch = import_torch()
+    x, w = (torch.tensor(a, requires_grad=True) for a in (x, w))
+    y = torch.nn.functional.conv2d(x, w, stride=stride, padding=padding)
+    y.backward(torch.tensor(g))
+    return y.detach().numpy(), x.grad.numpy(), w.grad.numpy()
+
+
+REFERENCES = pytest.mark.parametrize("reference", [convolve_slowly, convolve_in_pytorch])
+
+
+def draw(rng, dtype, x, w, stride, padding):
+    """Random images x, weights w and output gradient g of these shapes."""
+    H, W = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x[2:], w[2:]))
+    return [rng.standard_normal(shape).astype(dtype) for shape in (x, w, (x[0], w[0], H, W))]
+
+
+def check_convolution(rng, dtype, reference, x, w, stride, padding, orders=("C", "C")):
+    """nn.conv2d of random arrays of the shapes x and w, stored in these orders (images, output gradient)."""
+    x, w, g = draw(rng, dtype, x, w, stride, padding)
+    want = reference(*(a.astype(np.float64) for a in (x, w, g)), stride, padding)
+    images, gradient = ((ORDERS | GAPS)[order](a) for order, a in zip(orders, (x, g)))
+    tensor, weight = nn.Tensor(images, requires_grad=True), nn.Tensor(w.copy(), requires_grad=True)
+    out = nn.conv2d(tensor, weight, stride, padding)
+    out.backward(gradient)
+    check((out.data, tensor.grad, weight.grad), want, dtype)
+    for now, before in ((images, x), (weight.data, w), (gradient, g)):
+        np.testing.assert_array_equal(now, before)  # nothing was written into
+
+
+@REFERENCES
+@pytest.mark.parametrize("kernel", list(itertools.product(range(1, 6), repeat=2)), ids=lambda k: f"{k[0]}x{k[1]}")
+def test_convolution_of_random_shapes(kernel, reference):
+    """14 shapes for each kernel: strides to 4, padding to 4 (more than many kernels), float32 and float64 in turn."""
+    rng = np.random.default_rng(kernel)
+    orders = itertools.product(ORDERS, repeat=2)
+    for i, pair in zip(range(14), rng.permutation(list(orders))):
+        stride, padding = (1, 2, 1, 3, 2, 4, 1)[i // 2], int(rng.integers(5))
+        N, C, out = (int(n) for n in rng.integers(1, 6, 3))
+        H, W = (max(1, k - 2 * padding) + int(rng.integers(10)) for k in kernel)
+        dtype = (np.float32, np.float64)[i % 2]
+        check_convolution(rng, dtype, reference, (N, C, H, W), (out, C, *kernel), stride, padding, pair)
+
+
+@pytest.mark.parametrize("order", [*ORDERS, *GAPS])
+def test_convolution_of_every_memory_order(order):
+    rng = np.random.default_rng(1)
+    for dtype, (k, stride, padding) in itertools.product(
+            TOLERANCE, [(3, 1, 0), (3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (5, 1, 2), (2, 1, 0), (4, 2, 0)]):
+        for orders in ((order, "C"), ("halo 1", order)):
+            check_convolution(rng, dtype, convolve_slowly, (3, 4, 8, 7), (5, 4, k, k), stride, padding, orders)
+    for padding in (0, 1, 2):
+        shapes = (3, 24, 10 - 2 * padding, 6 - 2 * padding + 4), (25, 24, 3, 3)
+        for orders in ((order, "C"), ("halo 1", order)):
+            check_convolution(rng, np.float32, convolve_slowly, *shapes, 1, padding, orders)
+
+
+@REFERENCES
+@pytest.mark.parametrize("padding", range(5))
+def test_convolution_in_tiles(padding, reference):
+    """Nine shapes for each padding, 45 in all, that take Winograd's way in the forward pass."""
+    rng = np.random.default_rng(padding)
+    orders = rng.permutation(list(itertools.product(ORDERS, repeat=2)))
+    few = conv.TILES_FROM
+    for i, (N, C, out, H, W) in enumerate([
+            (1, few, few, 4, 4), (2, few + 1, few, 4, 8), (3, few, few + 7, 8, 4), (5, few + 3, few + 2, 8, 8),
+            (1, 2 * few, few, 12, 12), (4, few, 2 * few, 4, 16), (7, few, few, 16, 4), (2, few, few + 1, 8, 32),
+            (9, few + 1, few + 1, 12, 8)]):
+        H_in, W_in = (max(1, n + 2 - 2 * padding) for n in (H, W))
+        H_in, W_in = (n + -(n + 2 * padding - 2) % 4 for n in (H_in, W_in))  # the outputs' sizes are multiples of 4
+        w = (out, C, 3, 3)
+        assert conv.use_tiles(w, 1, (H_in + 2 * padding - 2, W_in + 2 * padding - 2))
+        dtype = (np.float32, np.float64)[(i + padding) % 2]
+        check_convolution(rng, dtype, reference, (N, C, H_in, W_in), w, 1, padding, orders[i])
+
+
+@REFERENCES
+@pytest.mark.parametrize("x, w, stride, padding", [
+    ((128, 8, 32, 32), (8, 8, 3, 3), 1, 1),  # several blocks of rows
+    ((100, 18, 16, 18), (36, 18, 3, 3), 1, 1),  # rows in pieces
+    ((64, 8, 32, 32), (16, 8, 3, 3), 2, 1), ((64, 16, 32, 32), (32, 16, 1, 1), 2, 0),
+    ((5, 3, 64, 64), (64, 3, 7, 7), 2, 3),  # the stem of ImageNet's ResNet
+    ((400, 24, 12, 8), (25, 24, 3, 3), 1, 1),  # many tiles
+    ((200, 48, 12, 8), (50, 48, 3, 3), 1, 1),  # two passes over the rows of tiles, the second shorter
+    ((31, 24, 16, 16), (24, 24, 3, 3), 1, 1),
+])
+def test_convolution_of_real_sizes(x, w, stride, padding, reference):
+    check_convolution(np.random.default_rng(2), np.float32, reference, x, w, stride, padding, ("halo 1", "halo 1"))
+
+
+@pytest.mark.slow
+@REFERENCES
+def test_convolution_of_many_random_shapes(reference):
+    rng = np.random.default_rng(3)
+    orders = [*ORDERS, *GAPS]
+    for i in range(5000):
+        N, C, out, kh, kw, stride = (int(n) for n in rng.integers(1, 8, 6))
+        padding = int(rng.integers(8))
+        H, W = (max(1, k - 2 * padding) + int(rng.integers(14)) for k in (kh, kw))
+        pair = [orders[n] for n in rng.integers(len(orders), size=2)]
+        check_convolution(rng, (np.float32, np.float64)[i % 2], reference, (N, C, H, W), (out, C, kh, kw), stride,
+                          padding, pair)
+
+
+def test_convolution_of_weights_in_any_order():
+    """The three functions of the engine by themselves; weights need not be contiguous."""
+    rng = np.random.default_rng(4)
+    for shape, stride, padding in (((5, 4, 3, 3), 1, 1), ((5, 4, 3, 2), 2, 1), ((26, 24, 3, 3), 1, 1)):
+        x, w, g = draw(rng, np.float64, (2, shape[1], 8, 12), shape, stride, padding)
+        want = convolve_slowly(x, w, g, stride, padding)
+        for weights in (np.asfortranarray(w), w[:, :, ::-1].copy()[:, :, ::-1], w.repeat(2, 0)[::2]):
+            check((conv.forward(x, weights, stride, padding),
+                   conv.input_gradient(g, weights, x.shape, stride, padding),
+                   conv.weight_gradient(g, x, weights.shape, stride, padding)), want, np.float64)
+
+
+def test_convolution_by_hand():
+    x = np.arange(9.0).reshape(1, 1, 3, 3)
+    w = np.array([[[[1.0, 10.0], [100.0, 1000.0]]]])
+    np.testing.assert_array_equal(nn.conv2d(nn.Tensor(x), nn.Tensor(w)).data[0, 0], [[4310, 5421], [7643, 8754]])
+    np.testing.assert_array_equal(nn.conv2d(nn.Tensor(x), nn.Tensor(w), 2, 1).data[0, 0], [[0, 2100], [6030, 8754]])
+
+
+def test_only_wanted_gradients_of_a_convolution_are_computed(monkeypatch):
+    x, w = np.ones((1, 1, 3, 3)), np.ones((1, 1, 2, 2))
+    for wanted, other in (("input_gradient", "weight_gradient"), ("weight_gradient", "input_gradient")):
+        with monkeypatch.context() as patch:
+            patch.setattr(conv, other, None)
+            tensors = [nn.Tensor(a, requires_grad=name == wanted)
+                       for name, a in (("input_gradient", x), ("weight_gradient", w))]
+            nn.conv2d(*tensors).sum().backward()
+            assert [t.grad is not None for t in tensors] == [t.requires_grad for t in tensors]
+
+
+@pytest.mark.parametrize("x, w, stride, padding, match", [
+    ((2, 3, 8, 8), (4, 2, 3, 3), 1, 1, r"C.*\(2, 3, 8, 8\) and \(4, 2, 3, 3\)"),
+    ((2, 24, 8, 8), (24, 48, 3, 3), 1, 1, "C"),
+    ((3, 8, 8), (4, 3, 3, 3), 1, 1, r"\(N, C, H, W\)"),
+    ((2, 3, 8, 8), (4, 3, 9), 1, 1, r"\(O, C, kh, kw\)"),
+    ((2, 3, 4, 8), (4, 3, 5, 3), 1, 0, "5x3 kernel does not fit images of 4x8 with padding 0"),
+    ((2, 3, 8, 4), (4, 3, 3, 7), 1, 1, "3x7 kernel does not fit images of 8x4 with padding 1"),
+    ((2, 3, 2, 2), (4, 3, 5, 5), 4, 1, "does not fit"),
+    ((2, 3, 8, 8), (4, 3, 3, 3), 0, 1, "stride of at least 1.*not 0 and 1"),
+    ((2, 3, 8, 8), (4, 3, 3, 3), -1, 1, "stride of at least 1"),
+    ((2, 3, 8, 8), (4, 3, 3, 3), 1, -1, "padding of at least 0, not 1 and -1"),
+    ((0, 3, 8, 8), (4, 3, 3, 3), 1, 1, r"not \(0, 3, 8, 8\)"),
+])
+def test_shapes_that_do_not_fit_are_refused(x, w, stride, padding, match):
+    with pytest.raises(ValueError, match=match):
+        nn.conv2d(nn.Tensor(np.ones(x)), nn.Tensor(np.ones(w)), stride, padding)
+
+
+def test_other_than_one_floating_type_is_refused():
+    x, w = np.ones((2, 3, 4, 4), np.float32), np.ones((4, 3, 3, 3), np.float32)
+    for a, b in ((x.astype(np.uint8), w), (x, w.astype(np.float64)), (x.astype(int), w.astype(int))):
+        with pytest.raises(ValueError, match=f"one floating type, not {a.dtype} and {b.dtype}"):
+            nn.conv2d(nn.Tensor(a), nn.Tensor(b))
+
+
+def test_batch_norm_refuses_other_numbers_of_channels():
+    for shape, add in (((2, 4, 5, 5), None), ((2, 3, 5), None), ((2, 3, 5, 5), (2, 3, 5, 1))):
+        for layer in (nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()):
+            with pytest.raises(ValueError, match=r"3 channels takes images \(N, 3, H, W\), not"):
+                layer(nn.Tensor(np.ones(shape)), add=nn.Tensor(np.ones(add)) if add else None)
+    with pytest.raises(ValueError, match="1 channels"):
+        nn.BatchNorm2d(1).eval()(nn.Tensor(np.ones((2, 3, 4, 4))))
+
+
+def test_the_smallest_images_that_fit():
+    for n, k, padding in ((3, 3, 0), (1, 3, 1), (1, 5, 2), (1, 1, 0)):
+        out = nn.conv2d(nn.Tensor(np.ones((1, 1, n, n))), nn.Tensor(np.ones((1, 1, k, k))), 3, padding)
+        assert out.shape == (1, 1, 1, 1) and out.item() == n * n
+
+
+def test_winograd_multiplies_polynomials():
+    """A^T ((G w) * (B^T d)) is the correlation of d with w, for several sizes and points, and conv.py's own."""
+    rng = np.random.default_rng(5)
+    for m, r, points in ((4, 3, (0, 1, -1, 2, -2)), (2, 3, (0, 1, -1)), (3, 2, (0, 1, -1)), (1, 3, (1, 2)),
+                         (4, 3, None)):
+        A, G, B = conv.winograd(m, r, points) if points else (conv.A, conv.G, conv.B)
+        d, w = rng.standard_normal(m + r - 1), rng.standard_normal(r)
+        np.testing.assert_allclose(A.T @ ((G @ w) * (B.T @ d)), np.correlate(d, w, "valid"), rtol=1e-12, atol=1e-12)
+
+
+def test_tiles_lose_little_precision():
+    """In float32 Winograd's way has less than ten times the error of the direct one."""
+    rng = np.random.default_rng(6)
+    x, w, g = draw(rng, np.float32, (8, 64, 16, 16), (64, 64, 3, 3), 1, 1)
+    args = x, w, 1, 1
+    exact = conv.forward(x.astype(np.float64), w.astype(np.float64), 1, 1)
+    rows = conv.forward(x[:, :, :, :-1], w, 1, 1)  # an odd width: not in tiles
+    assert relative_error(rows[..., :-1], exact[..., : rows.shape[3] - 1]) < 1e-6
+    assert relative_error(conv.forward(*args), exact) < 5e-6
+    exact = conv.weight_gradient(g.astype(np.float64), x.astype(np.float64), w.shape, 1, 1)
+    assert relative_error(conv.weight_gradient(g, x, w.shape, 1, 1), exact) < 5e-6
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+
+def batch_norm(training=True, relu=False, **options):
+    """nn.batch_norm of (x, weight, bias[, add]) with running estimates that are not 0 and 1."""
+    def operation(x, weight, bias, *add):
+        mean, var = (np.linspace(*ends, x.shape[1]).astype(x.dtype) for ends in ((-0.3, 0.4), (0.5, 2)))
+        return nn.batch_norm(x, weight, bias, mean, var, training, relu=relu, add=add[0] if add else None, **options)
+
+    return operation
+
+
+def batch_norm_in_pytorch(training=True, relu=False, **options):
+    def operation(t, x, weight, bias, *add):
+        mean, var = (t.tensor(np.linspace(*ends, x.shape[1]), dtype=x.dtype) for ends in ((-0.3, 0.4), (0.5, 2)))
+        out = t.nn.functional.batch_norm(x, mean, var, weight, bias, training, **options)
+        out = out + add[0] if add else out
+        return t.relu(out) if relu else out
+
+    return operation
+
+
+def conv_case(name, x, w, *settings):
+    return name, lambda x, w: nn.conv2d(x, w, *settings), lambda t, x, w: t.conv2d(x, w, None, *settings), [x, w]
+
+
+def norm_case(name, x, add=False, **options):
+    shapes = [x, x[1:2], x[1:2]] + [x] * add
+    return name, batch_norm(**options), batch_norm_in_pytorch(**options), shapes
+
+
+def pool_case(kind, x, *settings):
+    ours, theirs = getattr(nn, f"{kind}_pool2d"), f"{kind}_pool2d"
+    return (f"{kind} pool {settings}", lambda x: ours(x, *settings),
+            lambda t, x: getattr(t.nn.functional, theirs)(x, *settings), [x])
+
+
+# As in test_nn.py: a name, the operation in our terms, in PyTorch's terms (t: the torch module), its inputs.
+CASES = [
+    conv_case("conv 3x3", (3, 4, 6, 5), (5, 4, 3, 3), 1, 1),
+    conv_case("conv 3x3, stride 2", (3, 4, 7, 8), (5, 4, 3, 3), 2, 1),
+    conv_case("conv 1x1, stride 2", (3, 4, 8, 8), (5, 4, 1, 1), 2),
+    conv_case("conv 5x2, stride 3, wide padding", (2, 3, 7, 8), (4, 3, 5, 2), 3, 4),
+    conv_case("conv in tiles", (2, 24, 8, 4), (27, 24, 3, 3), 1, 1),
+    conv_case("conv in tiles, no padding", (1, 25, 6, 10), (24, 25, 3, 3), 1, 0),
+    norm_case("batch_norm", (4, 3, 5, 2)),
+    norm_case("batch_norm relu", (4, 3, 5, 2), relu=True),
+    norm_case("batch_norm add", (4, 3, 5, 2), add=True),
+    norm_case("batch_norm add relu", (4, 3, 5, 2), add=True, relu=True),
+    norm_case("batch_norm of one image", (1, 4, 2, 3), relu=True),
+    norm_case("batch_norm of single pixels", (7, 4, 1, 1), add=True),
+    norm_case("batch_norm of two values", (2, 3, 1, 1), eps=0.5),
+    norm_case("batch_norm of several blocks", (64, 16, 32, 16), add=True, relu=True),
+    norm_case("batch_norm, another eps", (4, 3, 5, 2), eps=0.1),
+    norm_case("batch_norm eval", (4, 3, 5, 2), training=False),
+    norm_case("batch_norm eval relu", (4, 3, 5, 2), training=False, relu=True),
+    norm_case("batch_norm eval add", (4, 3, 5, 2), training=False, add=True),
+    norm_case("batch_norm eval add relu", (4, 3, 5, 2), training=False, add=True, relu=True),
+    norm_case("batch_norm eval of one value", (1, 3, 1, 1), training=False),
+    pool_case("avg", (3, 4, 6, 8), 2),
+    pool_case("avg", (3, 4, 7, 9), 2),  # the last row and column are left out
+    pool_case("avg", (3, 4, 4, 4), 4),
+    pool_case("avg", (3, 4, 7, 8), 3, 2),
+    pool_case("avg", (2, 3, 7, 8), 3, 1),
+    pool_case("avg", (2, 3, 7, 6), 3, 2, 1),
+    pool_case("avg", (2, 3, 7, 6), 2, 3),
+    pool_case("max", (3, 4, 6, 8), 2),
+    pool_case("max", (3, 4, 7, 9), 2),
+    pool_case("max", (3, 4, 7, 8), 3, 2, 1),  # ImageNet's stem
+    pool_case("max", (3, 4, 8, 8), 3, 2, 1),
+    pool_case("max", (2, 3, 7, 8), 3, 1, 1),
+    pool_case("max", (2, 3, 7, 8), 5, 3, 2),
+    pool_case("max", (2, 3, 7, 6), 2, 3),
+    ("global pool", nn.global_avg_pool, lambda t, x: x.mean((2, 3)), [(3, 5, 4, 6)]),
+    ("image operations composed",
+     lambda x, w, a, b: nn.global_avg_pool(batch_norm(relu=True)(nn.max_pool2d(nn.conv2d(x, w, 2, 1), 3, 2, 1), a, b)),
+     lambda t, x, w, a, b: batch_norm_in_pytorch(relu=True)(
+         t, t.nn.functional.max_pool2d(t.conv2d(x, w, None, 2, 1), 3, 2, 1), a, b).mean((2, 3)),
+     [(2, 3, 12, 12), (4, 3, 3, 3), (4,), (4,)]),
+]
+ids = [f"{i} {case[0]}" for i, case in enumerate(CASES)]
+
+
+def evaluate(operation, arrays, weights=None):
+    """(output, gradients) of sum(output * weights) with respect to the arrays."""
+    tensors = [nn.Tensor(a, requires_grad=True) for a in arrays]
+    out = operation(*tensors)
+    if weights is not None:
+        out.backward(weights)
+    return out.data, [t.grad for t in tensors]
+
+
+@pytest.mark.parametrize("name, operation, theirs, shapes", CASES, ids=ids)
+def test_gradient_along_a_random_direction(name, operation, theirs, shapes):
+    rng = np.random.default_rng(7)
+    arrays, directions = ([rng.standard_normal(s) for s in shapes] for _ in range(2))
+    out, _ = evaluate(operation, arrays)
+    weights = rng.standard_normal(out.shape)
+    _, gradients = evaluate(operation, arrays, weights)
+    step = 1e-6
+    up, _ = evaluate(operation, [a + step * d for a, d in zip(arrays, directions)])
+    down, _ = evaluate(operation, [a - step * d for a, d in zip(arrays, directions)])
+    numeric = ((up - down) * weights).sum() / (2 * step)
+    analytic = np.sum([(g * d).sum() for g, d in zip(gradients, directions)])
+    assert out.dtype == np.float64 and all(g.dtype == np.float64 for g in gradients)
+    assert analytic == pytest.approx(numeric, rel=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("name, operation, theirs, shapes", CASES, ids=ids)
+def test_operation_against_pytorch(torch, name, operation, theirs, shapes, dtype):
+    """Images in every memory order; PyTorch computes in float64."""
+    rng = np.random.default_rng(8)
+    arrays = [rng.standard_normal(s).astype(dtype) for s in shapes]
+    tensors = [torch.tensor(a.astype(np.float64), requires_grad=True) for a in arrays]
+    want = theirs(torch, *tensors)
+    weights = rng.standard_normal(want.shape).astype(dtype)
+    want.backward(torch.tensor(weights.astype(np.float64)))
+    for order in [*ORDERS] if np.prod(shapes[0]) < 10_000 else ["halo 1"]:
+        stored = [ORDERS[order](a) if a.ndim == 4 else a for a in (*arrays, weights)]
+        out, gradients = evaluate(operation, stored[:-1], stored[-1])
+        check([out, *gradients], [want.detach().numpy(), *(t.grad.numpy() for t in tensors)], dtype)
+        for now, before in zip(stored, (*arrays, weights)):
+            np.testing.assert_array_equal(now, before)
+
+
+# ---------------------------------------------------------------------------------------------- BatchNorm
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(8, 3, 5, 4), (1, 3, 4, 5), (6, 2, 1, 1), (3, 4, 1, 6), (32, 8, 16, 16)], ids=str)
+def test_batch_norm_layer_follows_pytorch(torch, shape, dtype):
+    """Outputs, gradients and running estimates over five training steps, then in evaluation mode."""
+    rng = np.random.default_rng(9)
+    ours, theirs = nn.BatchNorm2d(shape[1], dtype=dtype), torch.nn.BatchNorm2d(shape[1]).double()
+    assert (ours.eps, ours.momentum) == (theirs.eps, theirs.momentum) == (1e-5, 0.1)
+    assert [name for name, _ in ours.named_parameters()] == ["weight", "bias"]
+    assert list(ours.state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+    assert (ours.weight.data == 1).all() and not ours.bias.data.any()
+    for p, q in ((ours.weight, theirs.weight), (ours.bias, theirs.bias)):
+        p.data[...] = rng.standard_normal(shape[1])
+        q.data = torch.tensor(p.data.astype(np.float64))
+    for step in range(7):
+        if step == 5:
+            ours.eval()
+            theirs.eval()
+        x, g = ((rng.standard_normal(shape) * (step + 1) + step).astype(dtype) for _ in range(2))
+        tensor, twin = nn.Tensor(in_engine(x, 1), requires_grad=True), torch.tensor(x.astype(np.float64))
+        twin.requires_grad = True
+        out, want = ours(tensor), theirs(twin)
+        out.backward(g)
+        want.backward(torch.tensor(g.astype(np.float64)))
+        check([out.data, tensor.grad, ours.weight.grad, ours.bias.grad, ours.running_mean, ours.running_var],
+              [want.detach().numpy(), twin.grad.numpy(), theirs.weight.grad.numpy(), theirs.bias.grad.numpy(),
+               theirs.running_mean.numpy(), theirs.running_var.numpy()], dtype)
+        for p in (ours.weight, ours.bias, theirs.weight, theirs.bias):
+            p.grad = None
+
+
+def test_running_estimates_by_hand():
+    """Channel means 2 and 10, biased variances 1 and 4, unbiased n / (n - 1) = 2 times that; moved by a tenth."""
+    layer = nn.BatchNorm2d(2, dtype=np.float64)
+    x = nn.Tensor(np.array([[[[1.0, 3.0]], [[8.0, 12.0]]]]))
+    out = layer(x)
+    np.testing.assert_allclose(layer.running_mean, [0.2, 1.0], rtol=1e-14)
+    np.testing.assert_allclose(layer.running_var, [0.9 + 0.1 * 2, 0.9 + 0.1 * 8], rtol=1e-14)
+    np.testing.assert_allclose(out.data[0, :, 0], [[-1, 1], [-1, 1]], rtol=1e-5)
+    layer.eval()
+    out = layer(x)
+    np.testing.assert_allclose(layer.running_mean, [0.2, 1.0], rtol=1e-14)  # unchanged
+    np.testing.assert_allclose(out.data[0, 0, 0], [0.8 / (1.1 + 1e-5) ** 0.5, 2.8 / (1.1 + 1e-5) ** 0.5], rtol=1e-14)
+
+
+@pytest.mark.parametrize("training, with_relu", list(itertools.product([True, False], repeat=2)))
+@pytest.mark.parametrize("wanted", ["x", "add", "both", "add is x"])
+def test_fused_batch_norm_is_the_composed_one(training, with_relu, wanted):
+    """Also where only one of the images wants a gradient, and where both are the same."""
+    rng = np.random.default_rng(10)
+    shape = (3, 4, 5, 6)
+    values = [rng.standard_normal(s) for s in (shape, shape, shape, 4, 4)]
+    results = []
+    for fused in (True, False):
+        x, add = nn.Tensor(values[0], requires_grad=wanted != "add"), nn.Tensor(values[1], requires_grad=wanted != "x")
+        leaves = x, add
+        if wanted == "add is x":
+            leaf = nn.Tensor(values[0], requires_grad=True)
+            x = add = leaf * 2
+            leaves = (leaf,)
+        layer = nn.BatchNorm2d(4, dtype=np.float64)
+        layer.weight.data[...], layer.bias.data[...] = values[3:]
+        layer.train(training)
+        if fused:
+            out = layer(x, add=add, relu=with_relu)
+        else:
+            out = layer(x) + add
+            out = nn.relu(out) if with_relu else out
+        out.backward(values[2])
+        results.append([out.data, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var,
+                        *(t.grad for t in leaves)])
+    for ours, composed in zip(*results):
+        assert (ours is None) == (composed is None)
+        if ours is not None:
+            np.testing.assert_allclose(ours, composed, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_far_from_zero_loses_no_variance():
+    """Mean 1000, deviation 0.01 in float32: entries have 160 steps a deviation; the sum of squares would lose all.
+
+    Also where the first row of the images lies elsewhere than the others.
+    """
+    rng = np.random.default_rng(11)
+    x = (1000 + 0.01 * rng.standard_normal((16, 3, 12, 12))).astype(np.float32)
+    x[:, 1, 0] += 0.5
+    x[:, 2] -= 2000
+    exact = x.astype(np.float64)
+    n = x.size // 3
+    layer = nn.BatchNorm2d(3, momentum=1.0)
+    layer.running_mean[...] = layer.running_var[...] = 0
+    out = layer(nn.Tensor(in_engine(x, 1)))
+    np.testing.assert_allclose(layer.running_mean, exact.mean((0, 2, 3)), rtol=1e-7)
+    np.testing.assert_allclose(layer.running_var, exact.var((0, 2, 3)) * n / (n - 1), rtol=1e-5)
+    want = (exact - exact.mean((0, 2, 3), keepdims=True)) / np.sqrt(exact.var((0, 2, 3), keepdims=True) + 1e-5)
+    assert relative_error(out.data, want) < 1e-2
+
+
+def test_batch_norm_of_constant_images():
+    """A variance of 0: the bias comes out, and no gradient reaches x through the deviation."""
+    layer = nn.BatchNorm2d(2)
+    layer.bias.data[...] = 3
+    x = nn.Tensor(np.full((4, 2, 3, 3), 0.1, np.float32), requires_grad=True)
+    out = layer(x)
+    np.testing.assert_allclose(out.data, 3, atol=1e-4)
+    out.backward(np.ones_like(out.data))
+    np.testing.assert_allclose(x.grad, 0, atol=1e-3)
+
+
+def test_one_value_for_each_channel_has_no_variance():
+    layer = nn.BatchNorm2d(3)
+    x = nn.Tensor(np.ones((1, 3, 1, 1), np.float32))
+    with pytest.raises(ValueError, match=r"more than one value for each channel, not \(1, 3, 1, 1\)"):
+        layer(x)
+    assert not layer.running_mean.any() and (layer.running_var == 1).all()
+    layer.eval()
+    np.testing.assert_allclose(layer(x).data, 1, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- pools
+
+
+def pool_slowly(x, g, size, stride, padding, kind):
+    """(y, dx) one window at a time; the gradient of a maximum goes to the first of equals."""
+    N, C, H, W = x.shape
+    edge = (padding, padding)
+    x = np.pad(x, ((0, 0), (0, 0), edge, edge), constant_values=0 if kind == "avg" else -np.inf)
+    y, dx = np.empty_like(g), np.zeros_like(x)
+    for n, c, i, j in np.ndindex(g.shape):
+        window = np.s_[n, c, stride * i : stride * i + size, stride * j : stride * j + size]
+        y[n, c, i, j] = x[window].mean() if kind == "avg" else x[window].max()
+        share = np.full(size * size, 1 / size**2) if kind == "avg" else np.arange(size**2) == x[window].argmax()
+        dx[window] += g[n, c, i, j] * share.reshape(size, size)
+    return y, dx[:, :, padding : padding + H, padding : padding + W]
+
+
+def pool_in_pytorch(x, g, size, stride, padding, kind):
+    torch = import_torch()
+    x = torch.tensor(x, requires_grad=True)
+    y = getattr(torch.nn.functional, f"{kind}_pool2d")(x, size, stride, padding)
+    y.backward(torch.tensor(g))
+    return y.detach().numpy(), x.grad.numpy()
+
+
+@pytest.mark.parametrize("reference", [pool_slowly, pool_in_pytorch])
+@pytest.mark.parametrize("kind", ["avg", "max"])
+def test_pools_of_random_shapes(kind, reference):
+    """Small whole numbers, so that there are many ties; half the images are all negative, in the others the largest are
+    0: a padding of zeros would show in their outputs or take their gradients.
+    """
+    rng = np.random.default_rng(12)
+    for i in range(80):
+        size, stride = (int(n) for n in rng.integers(1, 5, 2))
+        padding = int(rng.integers(size // 2 + 1))
+        N, C = rng.integers(1, 4, 2)
+        H, W = (max(1, size - 2 * padding) + int(rng.integers(6)) for _ in range(2))
+        x = rng.integers(-4, i % 2, (N, C, H, W)).astype(np.float64)
+        g = rng.standard_normal((N, C, *((n + 2 * padding - size) // stride + 1 for n in (H, W))))
+        want = reference(x, g, size, stride, padding, kind)
+        tensor = nn.Tensor(list(ORDERS.values())[i % len(ORDERS)](x), requires_grad=True)
+        out = getattr(nn, f"{kind}_pool2d")(tensor, size, stride, padding)
+        out.backward(g)
+        check([out.data, tensor.grad], want, np.float64)
+        np.testing.assert_array_equal(tensor.data, x)
+
+
+def test_ties_of_max_pool_go_to_the_first():
+    x = nn.Tensor(np.ones((1, 1, 4, 4)), requires_grad=True)
+    nn.max_pool2d(x, 3, 2, 1).sum().backward()
+    np.testing.assert_array_equal(x.grad[0, 0], [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("pool", [nn.avg_pool2d, nn.max_pool2d])
+@pytest.mark.parametrize("settings", [(5,), (0,), (2, 0), (2, -1), (2, 1, -1), (3, 1, 2), (2, 2, 2)], ids=str)
+def test_windows_that_do_not_fit_are_refused(pool, settings):
+    with pytest.raises(ValueError, match=f"windows of {settings[0]}x{settings[0]}.*images of 4x6"):
+        pool(nn.Tensor(np.ones((1, 1, 4, 6))), *settings)
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+def test_convolution_layer_follows_pytorch(torch, bias, dtype):
+    rng = np.random.default_rng(13)
+    ours = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=bias, dtype=dtype, rng=rng)
+    theirs = torch.nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=bias).double()
+    pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
+    for p, q in pairs:
+        assert p.dtype == dtype
+        q.data = torch.tensor(p.data.astype(np.float64))
+    x = rng.standard_normal((4, 3, 9, 8)).astype(dtype)
+    out, want = ours(nn.Tensor(x)), theirs(torch.tensor(x.astype(np.float64)))
+    (out * out).sum().backward()
+    (want * want).sum().backward()
+    check([out.data, *(p.grad for p, _ in pairs)], [want.detach().numpy(), *(q.grad.numpy() for _, q in pairs)], dtype)
+
+
+def test_convolution_weights_have_the_scale_of_the_sparse_fan_in():
+    net = nn.Sequential(nn.Conv2d(16, 40, 3, bias=True), nn.Conv2d(40, 20, 1))
+    nn.initialize(net, seed=0)
+    assert net[0].weight.shape == (40, 16, 3, 3) and net[0].bias.shape == (40,) and net[1].bias is None
+    for layer, fan_in in ((net[0], 144), (net[1], 40)):
+        bound = fan_in**-0.5
+        assert 0.99 * bound < np.abs(layer.weight.data).max() <= bound * (1 + 1e-6)
+    nn.sparsify(net, 976, seed=0, kept=[576, 400])
+    for layer, fan_in in ((net[0], 14.4), (net[1], 20)):
+        kept, bound = layer.weight.data[layer.weight.mask], fan_in**-0.5
+        assert 0.98 * bound < np.abs(kept).max() <= bound * (1 + 1e-6)
+        assert kept.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("channels", [8, 24])
+@pytest.mark.parametrize("density", [0.5, 0.02])
+def test_masked_convolution_weights_stay_exactly_zero(channels, density):
+    """Rows and tiles, an ordinary mask and one so sparse that only the kept entries take part in a step."""
+    rng = np.random.default_rng(14)
+    net = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels))
+    nn.sparsify(net, int(density * 9 * channels**2), seed=0)
+    mask, start = net[0].weight.mask, net[0].weight.data.copy()
+    optimizer = nn.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for _ in range(4):
+        x = nn.Tensor(rng.standard_normal((2, channels, 8, 8)).astype(np.float32))
+        (net(x) * rng.standard_normal((2, channels, 8, 8)).astype(np.float32)).sum().backward()
+        assert not net[0].weight.grad[~mask].any() and net[0].weight.grad[mask].all()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not net[0].weight.data[~mask].any() and (net[0].weight.data != start)[mask].all()
+
+
+# ---------------------------------------------------------------------------------------------- threads and memory
+
+
+def all_results(rng):
+    """What every operation gives: [(name, array)], from random images of a few shapes."""
+    found = []
+    for x, w, stride in (
+            ((6, 5, 9, 8), (7, 5, 3, 3), 1), ((6, 5, 9, 8), (7, 5, 3, 3), 2), ((3, 5, 8, 8), (7, 5, 1, 1), 2),
+            ((5, 24, 4, 4), (25, 24, 3, 3), 1), ((6, 24, 4, 4), (25, 24, 3, 3), 1),
+            ((5, 24, 8, 16), (25, 24, 3, 3), 1)):
+        x, w, g = draw(rng, np.float32, x, w, stride, w[2] // 2)
+        name = f"{x.shape} {w.shape} {stride}"
+        found += [(f"forward {name}", conv.forward(x, w, stride, w.shape[2] // 2)),
+                  (f"input gradient {name}", conv.input_gradient(g, w, x.shape, stride, w.shape[2] // 2)),
+                  (f"weight gradient {name}", conv.weight_gradient(g, x, w.shape, stride, w.shape[2] // 2))]
+    shape = (8, 5, 9, 7)
+    for operation in (batch_norm(relu=True), batch_norm(training=False)):
+        arrays = [rng.standard_normal(s).astype(np.float32) for s in (shape, 5, 5, shape, shape)]
+        out, gradients = evaluate(operation, arrays[:-1], arrays[-1])
+        found += [("batch_norm", out), *zip(("dx", "dweight", "dbias", "dadd"), gradients)]
+    return found
+
+
+def test_results_hardly_depend_on_the_number_of_threads(use_threads):
+    """Weight gradients and BatchNorm's sums are made by each thread for its rows, so their last digits may differ;
+    the same number of threads always gives the same bits.
+    """
+    use_threads(1)
+    one = all_results(np.random.default_rng(15))
+    for count in (2, 3, 16):  # 16: more than there is work for
+        use_threads(count)
+        many, again = (all_results(np.random.default_rng(15)) for _ in range(2))
+        for (name, a), (_, b), (_, c) in zip(one, many, again, strict=True):
+            assert b.tobytes() == c.tobytes(), name
+            assert relative_error(b, a) < 2e-6, name
+            if name.startswith(("forward", "input")):
+                assert a.tobytes() == b.tobytes(), name
+
+
+@REFERENCES
+def test_convolution_by_several_threads(use_threads, reference):
+    rng = np.random.default_rng(16)
+    for count in (2, 3):
+        use_threads(count)
+        for N, C, out, H, W, k, stride in (
+                (5, 4, 3, 7, 8, 3, 1), (5, 4, 3, 7, 8, 3, 2), (2, 3, 4, 1, 5, 1, 1), (5, 24, 26, 4, 4, 3, 1),
+                (6, 24, 26, 4, 4, 3, 1), (1, 24, 24, 4, 4, 3, 1), (3, 26, 24, 12, 8, 3, 1), (6, 25, 24, 4, 16, 3, 1)):
+            for dtype, order in itertools.product(TOLERANCE, ("halo 1", "C")):
+                check_convolution(rng, dtype, reference, (N, C, H, W), (out, C, k, k), stride, k // 2, (order, order))
+
+
+def test_parallel_work_covers_everything_once(use_threads):
+    for workers, count in itertools.product((1, 2, 3, 7), (1, 2, 3, 10)):
+        use_threads(workers)
+        parts = conv.parallel(lambda first, last: (first, last), count, 1)
+        assert len(parts) == min(workers, count)
+        assert [i for first, last in parts for i in range(first, last)] == list(range(count))
+        assert all(last - first in (count // len(parts), -(-count // len(parts))) for first, last in parts)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_error_in_any_thread_reaches_the_caller(use_threads, failing):
+    use_threads(3)
+    np.setbufsize(size := 8192)  # NumPy's own; the work is done with another
+
+    def work(first, last):
+        if first == failing:
+            raise ArithmeticError(f"part {first}")
+        return first
+
+    with pytest.raises(ArithmeticError, match=f"part {failing}"):
+        conv.parallel(work, 3, 1)
+    assert conv.parallel(lambda first, last: first, 3, 1) == [0, 1, 2]  # the threads are still there
+    assert np.getbufsize() == size
+
+
+def test_work_that_is_small_is_not_shared(use_threads, monkeypatch):
+    use_threads(2)
+    monkeypatch.setattr(conv, "WORTH", 100)
+    assert conv.parallel(lambda first, last: (first, last), 10, 99) == [(0, 10)]
+    assert conv.parallel(lambda first, last: (first, last), 10, 100) == [(0, 5), (5, 10)]
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def border(array, width):
+    """The entries around images of the engine's order, up to this distance: their sum of absolute values."""
+    full = conv.bordered(array, width, width, width, width)
+    assert np.shares_memory(full, array)  # no copy: this is the array's own border
+    return np.abs(full).sum(dtype=np.float64) - np.abs(array).sum(dtype=np.float64)
+
+
+@pytest.mark.parametrize("halo", [0, 1, 2])
+def test_memory_is_used_again_when_its_last_view_is_gone(fresh_store, halo):
+    first = conv.empty((3, 4, 5, 6), np.float32, halo)
+    view = first[1:, ::2].transpose(1, 0, 3, 2)[0]
+    place = address(first)
+    second = conv.empty((3, 4, 5, 6), np.float32, halo)
+    assert not np.shares_memory(first, second)
+    del first
+    third = conv.empty((3, 4, 5, 6), np.float32, halo)
+    assert not np.shares_memory(view, third)  # a view is left
+    del view
+    other = conv.empty((3, 4, 6, 5), np.float64, halo)
+    assert address(other) != place
+    assert address(conv.empty((3, 4, 5, 6), np.float32, halo)) == place
+
+
+def test_the_border_of_zeros_stays_zero(fresh_store):
+    """Through convolutions and BatchNorms that use the same memory again and again, and in every halo."""
+    rng = np.random.default_rng(17)
+    for repeat in range(4):
+        x = nn.Tensor(in_engine(rng.standard_normal((3, 4, 6, 7)).astype(np.float32) + 5, 1 + repeat % 2))
+        w = nn.Tensor(rng.standard_normal((4, 4, 3, 3)).astype(np.float32), requires_grad=True)
+        layers = [nn.BatchNorm2d(4) for _ in range(3)]
+        y = layers[0](nn.conv2d(x, w, 1, 1), relu=True)
+        z = layers[1](nn.conv2d(y, w, 1, 1), add=y)
+        out = layers[2](z, relu=repeat > 1)
+        outputs = y.data, z.data, out.data
+        out.backward(rng.standard_normal(out.shape).astype(np.float32))
+        assert all(border(a, 1) == 0 for a in outputs)
+        assert border(x.data, 1 + repeat % 2) == 0
+        for halo in (1, 2):
+            fresh = conv.empty((3, 4, 6, 7), np.float32, halo)
+            fresh[...] = 7
+            assert border(fresh, halo) == 0
+
+
+def test_bordered_is_a_view_where_it_can_be():
+    rng = np.random.default_rng(18)
+    x = rng.standard_normal((3, 4, 5, 6))
+    for order, a in ((name, store(x)) for name, store in (ORDERS | GAPS).items()):
+        for top, bottom, left, right in ((0, 0, 0, 0), (1, 1, 1, 1), (2, 2, 2, 2), (1, 0, 2, 1), (-1, -2, 0, -1),
+                                         (-1, 2, 1, -3), (3, 3, 3, 3), (-4, 0, 0, -5)):
+            got = conv.bordered(a, top, bottom, left, right)
+            want = np.pad(x, ((0, 0), (0, 0), (4, 4), (4, 4)))
+            want = want[:, :, 4 - top : 9 + bottom, 4 - left : 10 + right].transpose(2, 1, 3, 0)
+            np.testing.assert_array_equal(got, want)
+            assert got.strides[2:] == (3 * 8, 8)
+            if order in ("engine", "halo 1", "halo 2"):
+                halo = int(order[-1]) if order[-1].isdigit() else 0
+                assert np.shares_memory(got, a) == (max(top, bottom, left, right) <= halo)
+
+
+def test_arrays_that_are_kept_are_never_overwritten():
+    """Results, gradients and views of them, while the same operations go on and use memory of the same sizes."""
+    rng = np.random.default_rng(19)
+    layer, w = nn.BatchNorm2d(4), nn.Tensor(rng.standard_normal((4, 4, 3, 3)).astype(np.float32), requires_grad=True)
+    kept = []
+    for _ in range(12):
+        x = nn.Tensor(rng.standard_normal((3, 4, 8, 8)).astype(np.float32), requires_grad=True)
+        y = nn.conv2d(x, w, 1, 1)
+        z = layer(y, add=x, relu=True)
+        p = nn.max_pool2d(z, 3, 2, 1)
+        arrays = [y.data, z.data[:, 1:], z.data[::2].T, np.asarray(p.data), as_strided(z.data, (2, 2), (0, 4))]
+        if rng.random() < 0.5:
+            p.sum().backward()
+            arrays += [x.grad, w.grad, conv.input_gradient(y.data, w.data, x.shape, 1, 1)[..., 0]]
+        kept += [(a, a.copy()) for a in arrays]
+        del x, y, z, p, arrays
+        if len(kept) > 60:
+            del kept[::3]
+        for array, copy in kept:
+            np.testing.assert_array_equal(array, copy)
+    views = [memoryview(a) for a, _ in kept]
+    copies = [copy for _, copy in kept]
+    del kept, array, copy
+    for _ in range(3):
+        layer(nn.conv2d(nn.Tensor(rng.standard_normal((3, 4, 8, 8)).astype(np.float32)), w, 1, 1), relu=True)
+    for view, copy in zip(views, copies):
+        np.testing.assert_array_equal(np.asarray(view), copy)
+
+
+def test_the_store_of_memory_has_a_limit(fresh_store, monkeypatch):
+    monkeypatch.setattr(conv.Buffer, "LIMIT", 10_000)
+
+    def stored():
+        found = int(np.sum([len(memory) for stack in conv.Buffer.STORED.values() for memory in stack]))
+        assert found == conv.Buffer.stored <= 10_000
+        return found
+
+    arrays = [conv.empty((1, 1, 10, 25), np.float32, halo) for halo in (0, 0, 0, 1, 1, 2, 0, 0, 0, 0, 0, 0)]
+    assert stored() == 0
+    while arrays:
+        arrays.pop()
+        stored()
+    assert stored() > 8000
+    arrays = [conv.empty((1, 1, 10, 25), np.float32, 0) for _ in range(20)]
+    assert stored() < 8000  # they were used
+    del arrays
+    stored()
+    rng = np.random.default_rng(20)
+    for _ in range(20):
+        N, C, H, W = (int(n) for n in rng.integers(2, 7, 4))
+        x = nn.Tensor(np.ones((N, C, H, W), np.float32), requires_grad=True)
+        nn.BatchNorm2d(C)(nn.conv2d(x, nn.Tensor(np.ones((C, C, 3, 3), np.float32)), 1, 1), relu=True).sum().backward()
+        stored()
+
+
+# ---------------------------------------------------------------------------------------------- ResNet-18
+
+
+def resnet18_in_pytorch(torch, width, classes):
+    """The same network, its parameters in the same order."""
+    layer = torch.nn
+
+    class Block(layer.Module):
+        def __init__(self, before, after, stride):
+            super().__init__()
+            self.body = layer.Sequential(
+                layer.Conv2d(before, after, 3, stride, 1, bias=False), layer.BatchNorm2d(after), layer.ReLU(),
+                layer.Conv2d(after, after, 3, 1, 1, bias=False), layer.BatchNorm2d(after))
+            self.shortcut = layer.Sequential() if stride == 1 and before == after else layer.Sequential(
+                layer.Conv2d(before, after, 1, stride, bias=False), layer.BatchNorm2d(after))
+            self.relu = layer.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.body(x) + self.shortcut(x))
+
+    w = [width, width, 2 * width, 4 * width, 8 * width]
+    blocks = [block for i in range(4) for block in (Block(w[i], w[i + 1], 1 + (i > 0)), Block(w[i + 1], w[i + 1], 1))]
+    return layer.Sequential(layer.Conv2d(3, width, 3, 1, 1, bias=False), layer.BatchNorm2d(width), layer.ReLU(),
+                            *blocks, layer.AvgPool2d(4), layer.Flatten(), layer.Linear(8 * width, classes))
+
+
+def layer_sizes(width, classes=10):
+    """Weights of each convolution and linear layer of ResNet-18, in forward order."""
+    sizes, before = [27 * width], width
+    for i in range(4):
+        after = width << i
+        sizes += [9 * before * after, 9 * after**2] + [before * after] * (i > 0) + [9 * after**2] * 2
+        before = after
+    return [*sizes, before * classes]
+
+
+def set_dtype(net, dtype):
+    """Make all parameters and running estimates of a network this type."""
+    for _, module in net.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, nn.Parameter):
+                value.data = value.data.astype(dtype)
+            elif isinstance(value, np.ndarray):
+                setattr(module, name, value.astype(dtype))
+    return net
+
+
+def draw_parameters(net, rng):
+    """Weights of the usual scale; BatchNorm's weights near 1 and its biases near +-2: most inputs of the ReLUs are
+    then far from 0, and yet most channels have some on either side. All are numbers of float32.
+    """
+    before = None
+    for p in net.parameters():
+        if p.ndim > 1:
+            bound = p.data[0].size ** -0.5
+            values = rng.uniform(-bound, bound, p.shape)
+        elif before == p.shape or before[1:] == before[-1:]:  # the bias of BatchNorm or of the classifier
+            values = rng.choice([-2, 2], p.shape) + rng.normal(0, 0.2, p.shape)
+        else:
+            values = rng.uniform(0.7, 1.3, p.shape)
+        p.data[...] = values.astype(np.float32)
+        before = p.shape
+
+
+def fill(torch, twin, net):
+    """Copy the network's parameters to PyTorch's, by position."""
+    with torch.no_grad():
+        for theirs, ours in zip(twin.parameters(), net.parameters(), strict=True):
+            assert tuple(theirs.shape) == ours.shape
+            theirs.copy_(torch.tensor(ours.data))
+
+
+def estimates(net):
+    """The running estimates of our or PyTorch's network, in order."""
+    named = net.state_dict().items() if isinstance(net, nn.Module) else net.named_buffers()
+    return [np.asarray(value) for name, value in named if name.endswith(("running_mean", "running_var"))]
+
+
+def margin(torch, twin, x):
+    """The smallest |input| of any ReLU of a PyTorch network in training mode."""
+    smallest = []
+    hooks = [module.register_forward_hook(lambda _, inputs, __: smallest.append(inputs[0].abs().min().item()))
+             for module in twin.modules() if isinstance(module, torch.nn.ReLU)]
+    with torch.no_grad():
+        twin(x)
+    for hook in hooks:
+        hook.remove()
+    assert len(smallest) == 17
+    return min(smallest)
+
+
+@pytest.mark.parametrize("width, N", [(8, 4), (24, 2), (26, 2), pytest.param(64, 1, marks=pytest.mark.slow)])
+def test_resnet18_is_pytorchs(torch, width, N):
+    """Loss, every gradient, running estimates and evaluation mode, in float64 and float32, with PyTorch in float64.
+
+    Where rounding moves the input of a ReLU across 0, gradients change by per cents, in PyTorch's float32 as well.
+    So of the seeds 0, 1, ... the first one counts for which no input of a ReLU of the float64 twin is nearer to 0 than
+    5e-5; float32 has errors of 8e-6 there. With that, every machine takes the same seed.
+    """
+    net = set_dtype(ResNet18(width, 10), np.float64)
+    twin = resnet18_in_pytorch(torch, width, 10).double()
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        draw_parameters(net, rng)
+        fill(torch, twin, net)
+        x, labels = rng.standard_normal((N, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, N)
+        images = torch.tensor(x.astype(np.float64))
+        if margin(torch, twin, images) > 5e-5:
+            break
+    for module in twin.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+    loss = torch.nn.functional.cross_entropy(twin(images), torch.tensor(labels))
+    loss.backward()
+    gradients, running = [p.grad.numpy() for p in twin.parameters()], [a.copy() for a in estimates(twin)]
+    logits = twin.eval()(images).detach().numpy()
+    initial = [a.copy() for a in net.state_dict().values()]
+    for dtype, tolerance, gradient_tolerance in ((np.float64, 1e-12, 1e-9), (np.float32, 2e-5, 1e-3)):
+        set_dtype(net, dtype).train()
+        net.load_state_dict(dict(zip(net.state_dict(), initial)))
+        for p in net.parameters():
+            p.grad = None
+        ours = nn.cross_entropy(net(nn.Tensor(x.astype(dtype))), labels)
+        ours.backward()
+        assert ours.dtype == dtype and ours.item() == pytest.approx(loss.item(), rel=tolerance)
+        check([p.grad for p in net.parameters()], gradients, dtype, gradient_tolerance)
+        check(estimates(net), running, dtype, tolerance)
+        with nn.no_grad():
+            check([net.eval()(nn.Tensor(x.astype(dtype))).data], [logits], dtype, tolerance * 10)
+
+
+@DTYPES
+def test_resnet18_trains_like_pytorch(torch, dtype):
+    """Twenty steps of SGD with momentum, weight decay and masks: width 12 at the weights of width 8, the same batch in
+    every step, so that the loss falls from 6 to below 0.01. In float64 the parameters stay together to 1e-8.
+
+    float32 is compared with float64; with these biases of BatchNorm (see draw_parameters) few ReLUs flip, and the
+    losses of PyTorch's float32 and of ours stay within 1e-5 of float64's, parameters within 1e-5 or, after a flip,
+    3e-3.
+    """
+    rng = np.random.default_rng(2)
+    net = set_dtype(ResNet18(12, 10), np.float64)
+    nn.sparsify(net, 175_192, seed=2)
+    draw_parameters(net, rng)
+    for p in net.parameters():
+        p.set_mask(p.mask)
+    x, labels = rng.standard_normal((4, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, 4)
+    twin = resnet18_in_pytorch(torch, 12, 10).double()
+    fill(torch, twin, net)
+    set_dtype(net, dtype)
+    rule = dict(lr=0.01, momentum=0.9, weight_decay=5e-4)
+    mine, other = nn.SGD(net.parameters(), **rule), torch.optim.SGD(twin.parameters(), **rule)
+    losses = []
+    for _ in range(20):
+        mine.zero_grad()
+        other.zero_grad()
+        ours = nn.cross_entropy(net(nn.Tensor(x.astype(dtype))), labels)
+        loss = torch.nn.functional.cross_entropy(twin(torch.tensor(x.astype(np.float64))), torch.tensor(labels))
+        ours.backward()
+        loss.backward()
+        for p, theirs in zip(net.parameters(), twin.parameters()):
+            if p.mask is not None:
+                theirs.grad *= torch.tensor(p.mask)
+        mine.step()
+        other.step()
+        losses.append(loss.item())
+        assert ours.item() == pytest.approx(loss.item(), abs=1e-10 if dtype == np.float64 else 1e-3)
+    assert losses[0] > 2 and losses[-1] < 0.02
+    tolerance = 1e-8 if dtype == np.float64 else 2e-2
+    check([p.data for p in net.parameters()], [p.detach().numpy() for p in twin.parameters()], dtype, tolerance)
+    check(estimates(net), estimates(twin), dtype, tolerance)
+    for p in net.parameters():
+        assert p.mask is None or not p.data[~p.mask].any()
+    assert nn.weight_count(net) == 175_192
+
+
+# ---------------------------------------------------------------------------------------------- its weights and masks
+
+COUNTS = {8: 175_192, 12: 393_540, 18: 884_502, 40: 4_362_680, 64: 11_164_352}  # with 10 classes
+
+
+@pytest.mark.parametrize("width", [8, 12, 18, pytest.param(40, marks=pytest.mark.slow),
+                                   pytest.param(64, marks=pytest.mark.slow)])
+def test_weight_counts_of_resnet18(width):
+    for classes in (10, 100):
+        net = ResNet18(width, classes)
+        assert [layer.weight.size for _, layer in nn.layers(net)] == layer_sizes(width, classes)
+        assert nn.weight_count(net) == COUNTS[width] + 8 * width * (classes - 10)
+        assert len(net.parameters()) == 21 + 2 * 20 + 1
+
+
+def test_weight_counts_by_the_formula():
+    assert {width: int(np.sum(layer_sizes(width))) for width in COUNTS} == COUNTS
+
+
+def allocate_by_levels(sizes, budget):
+    """Appendix B level by level: cut the largest layers to the size of the next largest, as long as that leaves more
+    than the budget; then take what is still too much from all of them, one weight at a time, the first ones first.
+    """
+    kept = list(sizes)
+    while (excess := int(np.sum(kept)) - budget) > 0:
+        top = max(kept)
+        largest = [i for i, k in enumerate(kept) if k == top]
+        step = top - max([k for k in kept if k < top], default=0)
+        for place, i in enumerate(largest):
+            kept[i] -= min(step, excess // len(largest) + (place < excess % len(largest)))
+    return kept
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("base", COUNTS)
+def test_allocation_of_the_papers_widths(base, classes):
+    budget = int(np.sum(layer_sizes(base, classes)))
+    for width in (8, 9, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 52, 56, 64, 90, 128, 181, 256, 512):
+        sizes = layer_sizes(width, classes)
+        if width < base:
+            with pytest.raises(ValueError, match=f"cannot keep {budget:,} weights"):
+                nn.allocate(sizes, budget)
+            continue
+        kept = nn.allocate(sizes, budget)
+        assert kept == allocate_by_levels(sizes, budget), width
+        assert int(np.sum(kept)) == budget
+        level = max(kept)
+        cut = [k for k, size in zip(kept, sizes) if k < size]
+        assert all(level - 1 <= k <= level for k in cut) and cut == sorted(cut)  # the last ones keep one more
+        assert all(size <= level for k, size in zip(kept, sizes) if k == size)
+
+
+def test_masks_of_resnet18():
+    net = ResNet18(12, 10)
+    kept = nn.sparsify(net, COUNTS[8], seed=3)
+    assert kept == nn.allocate(layer_sizes(12), COUNTS[8])
+    weights = [layer.weight.data.copy() for _, layer in nn.layers(net)]
+    assert [np.count_nonzero(w) for w in weights] == kept
+    nn.sparsify(net, COUNTS[8], seed=3)
+    assert all(w.tobytes() == layer.weight.data.tobytes() for w, (_, layer) in zip(weights, nn.layers(net)))
+
+
+@pytest.mark.parametrize("width, budget", [(12, 175_192), (16, 175_192), (18, 393_540), (10, 5000), (8, 175_192)])
+def test_masks_of_whole_kernels_on_resnet18(width, budget):
+    net = ResNet18(width, 10)
+    kept = nn.sparsify(net, budget, seed=4, io_only=True)
+    assert 0 <= budget - int(np.sum(kept)) < 9
+    assert nn.weight_count(net) == int(np.sum(kept))  # what a run records
+    wanted = nn.allocate(layer_sizes(width), budget)
+    for (name, layer), count, want in zip(nn.layers(net), kept, wanted, strict=True):
+        w = layer.weight
+        unit = int(np.prod(w.shape[2:]))
+        assert w.count == count == np.count_nonzero(w.data) and count % unit == 0 and abs(count - want) < 9, name
+        if w.mask is not None:
+            kernels = w.mask.reshape(*w.shape[:2], -1)  # (O, C, k, k) -> (O, C, k k)
+            assert (kernels.all(-1) == kernels.any(-1)).all()
+            bound = (w[0].size * count / w.size) ** -0.5
+            assert 0.95 * bound < np.abs(w.data).max() <= bound * (1 + 1e-6)
+
+
+STEPS = """
+import resource
+import numpy as np
+import nn
+from exp_resnet_cifar import ResNet18
+
+rng = np.random.default_rng(0)
+net = ResNet18(8, 10)
+nn.sparsify(net, 100_000, seed=0)
+optimizer = nn.SGD(net.parameters(), lr=0.01, momentum=0.9)
+for step in range(15):
+    x, labels = rng.standard_normal((32, 3, 32, 32), dtype=np.float32), rng.integers(0, 10, 32)
+    nn.cross_entropy(net(nn.Tensor(x)), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with nn.no_grad():
+        net.eval()(nn.Tensor(x))
+        net.train()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_training_steps_do_not_grow_memory():
+    """The peak after the third step is that after fifteen; one kept array of the first stage a step would add 13 %."""
+    pytest.importorskip("resource", reason="a module of Unix")
+    done = subprocess.run([sys.executable, "-c", STEPS], cwd=Path(conv.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = [int(line) for line in done.stdout.split()]
+    assert len(peaks) == 15 and peaks[-1] <= 1.05 * peaks[2], peaks
