@@ -9,12 +9,12 @@ alone, with a border of zeros kept around it. Then, with no copy at all,
   36 products of (O, C) matrices for 16 outputs instead of 144. Its transforms are matrix products as well.
 A stride only changes the strides of the views.
 
-Measured on two cores, milliseconds at batch 128. Tiles instead of rows: 58 -> 26 forward at 64 channels of 32 x 32;
-at 16 nothing. BLAS threads stopped: 40 -> 26. Products small enough to need no packing: 7 -> 5.5 (18 channels), their
-weight gradient 11 -> 5. Strides without copies: 43 -> 30. Weight gradient by threads over the 36 products instead of
-over images: 66 -> 26 (512 channels). NumPy's buffer (below): BatchNorm of small images 3 times as fast. Memory used
-again and freed during the backward pass: a step 1,800 -> 1,530 (width 64). Nothing: larger tiles of work, threads for
-small images, BatchNorm by channels.
+Milliseconds on two cores at batch 128, before and after. Tiles instead of rows: 58 -> 26 forward at 64 channels of
+32 x 32, at 16 nothing. BLAS threads stopped: 40 -> 26. Products small enough to need no packing: 7 -> 5.5 (18
+channels), their weight gradient 11 -> 5. Strides without copies: 43 -> 30. Weight gradient by threads over the 36
+products instead of over images: 66 -> 26 (512 channels). NumPy's buffer (below): BatchNorm of small images 3 times as
+fast. Memory used again and freed during the backward pass: a step 1,800 -> 1,530 (width 64). Nothing: larger blocks of
+tiles, threads for small images, BatchNorm by channels.
 """
 
 import functools

@@ -222,6 +222,7 @@ def title(points, metric, what="test"):
     """The second line of a figure's title: what its numbers are and how far its runs are from the paper's."""
     s, bars = points[0].settings, any(len(p.finished) > 1 for p in points)
     scale = f" (the paper: {EPOCHS})" if s.epochs != EPOCHS else ""
+    scale += f", {s.schedule} learning rate" if s.schedule != "steps" else ""
     return (shown(points, metric, what).replace(" epochs", f" epochs{scale}").replace(" epoch,", f" epoch{scale},")
             + ("; bars: standard deviation over seeds" if bars else ""))
 

@@ -214,6 +214,12 @@ def test_a_figure_says_how_far_its_runs_are_from_the_paper(tmp_path):
         "(the paper: 300), mean of 2 seeds; bars: standard deviation over seeds")
 
 
+def test_a_figure_names_another_schedule():
+    s = resnet.Settings(epochs=1, width=8, base_width=8, schedule="cosine")
+    assert resnet.title(train.points([s], [made_up(s, s)]), "final") == (
+        "test accuracy after 1 epoch (the paper: 300), cosine learning rate, 1 seed")
+
+
 def test_values_stated_for_the_papers_code():
     assert resnet.paper(resnet.Settings(data="cifar100", base_width=18, width=64)) == "74.27 %"
     assert resnet.paper(resnet.Settings(data="cifar100", base_width=18, width=64, io_only=True)) is None
