@@ -17,6 +17,9 @@ fast. Memory used again and freed during the backward pass: a step 1,800 -> 1,53
 tiles, threads for small images, BatchNorm by channels.
 """
 
+import collections
+import contextlib
+import contextvars
 import functools
 import math
 import mmap
@@ -44,7 +47,7 @@ def threads():
     blas = ThreadpoolController().select(user_api="blas")
     count = max([library["num_threads"] for library in blas.info()], default=os.cpu_count())
     blas.limit(limits=1)
-    return count, ThreadPoolExecutor(max(1, count - 1), initializer=np.setbufsize, initargs=(BUFFER,))
+    return count, ThreadPoolExecutor(max(1, count - 1))
 
 
 def parallel(work, count, cost):
@@ -55,9 +58,9 @@ def parallel(work, count, cost):
     workers, pool = threads()
     parts = min(workers, count) if cost >= WORTH else 1
     edges = [count * i // parts for i in range(parts + 1)]
-    others = [pool.submit(work, *edge) for edge in zip(edges[1:], edges[2:])]
-    before = np.setbufsize(BUFFER)
-    try:
+    before, others = np.setbufsize(BUFFER), []
+    try:  # the context holds NumPy's buffer size and how it treats overflow
+        others = [pool.submit(contextvars.copy_context().run, work, *edge) for edge in zip(edges[1:], edges[2:])]
         results = [work(edges[0], edges[1])]
     finally:
         np.setbufsize(before)
@@ -78,17 +81,38 @@ class Buffer(np.ndarray):
     asks for the same sizes again and again. halo: the width of the border of zeros around the interior.
     """
 
-    STORED, LIMIT = {}, 2**32  # key: [memory]; bytes of it in all, at most
-    LOCK = threading.RLock()  # it may be collected within its own thread's turn
-    stored = 0
+    STORED = collections.OrderedDict()  # key: [memory], the key that was used last at the end
+    LOCK = threading.RLock()  # an array may be collected within its own thread's turn
+    SPARE = 0.5  # used and stored memory together are at most this much more than was ever used at once
+    used = most = stored = 0  # bytes
     key, halo = None, 0
 
     def __del__(self):
         if self.key is not None:
             with self.LOCK:
-                if Buffer.stored + self.nbytes <= self.LIMIT:
-                    Buffer.stored += self.nbytes
-                    self.STORED.setdefault(self.key, []).append(self.base)
+                Buffer.used -= self.nbytes
+                Buffer.stored += self.nbytes
+                self.STORED.setdefault(self.key, []).append(self.base)
+
+    @classmethod
+    def take(cls, key, nbytes):
+        """Memory from the store, or None; then what was not used for longest leaves the store to make room."""
+        with cls.LOCK:
+            cls.used += nbytes
+            cls.most = max(cls.most, cls.used)
+            if key in cls.STORED:
+                memory = cls.STORED[key].pop()
+                cls.stored -= nbytes
+                if cls.STORED[key]:
+                    cls.STORED.move_to_end(key)
+                else:
+                    del cls.STORED[key]
+                return memory
+            while cls.STORED and cls.used + cls.stored > (1 + cls.SPARE) * cls.most:
+                oldest = next(iter(cls.STORED))
+                cls.stored -= len(cls.STORED[oldest].pop())
+                if not cls.STORED[oldest]:
+                    del cls.STORED[oldest]
 
 
 def scratch(shape, dtype, halo=0):
@@ -99,14 +123,11 @@ def scratch(shape, dtype, halo=0):
         shape = H + 2 * halo, C, W + 2 * halo, N
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     key = (shape, np.dtype(dtype), halo) if halo else nbytes
-    memory = None
-    with Buffer.LOCK:
-        if Buffer.STORED.get(key):
-            memory = Buffer.STORED[key].pop()
-            Buffer.stored -= nbytes
-    if memory is None and hasattr(mmap, "MADV_HUGEPAGE"):  # pages of 2 MiB
+    memory = Buffer.take(key, nbytes)
+    if memory is None and hasattr(mmap, "MADV_HUGEPAGE"):
         memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # pages of 2 MiB, where the system has them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     elif memory is None:
         memory = mmap.mmap(-1, max(nbytes, 1))
     buffer = Buffer(shape, dtype, memory)

@@ -79,7 +79,7 @@ def fraction(s):
     Raises UsageError if one channel in each bottleneck is too much already.
     """
     want = budget(s)
-    if s.dense or s.width == s.base_width:
+    if s.width == s.base_width:
         return 1.0
     least = count(s, 0.0)
     if least > want:
@@ -129,6 +129,16 @@ def fig3_runs(s):
         runs += [replace(network(s, base, w), kind="linear") for w in widths]
         runs += [replace(network(s, base, w), kind="nonlinear") for w in widths if w > base]
     return over_seeds(s, [run for run in runs if run.kind == "sparse" or count(run, 0.0) <= budget(run)], 3)
+
+
+def too_wide(s):
+    """What the families leave out, with the numbers."""
+    for base, widths in families(s):
+        for kind in ("linear", "nonlinear"):
+            for run in (replace(network(s, base, w), kind=kind) for w in widths):
+                if count(run, 0.0) > budget(run):
+                    yield (f"{kind} bottlenecks of width {run.width} are too wide for base {base}: with one channel in "
+                           f"each they have {count(run, 0.0):,} weights, the base {budget(run):,}")
 
 
 def fig3_draw(points, metric):
@@ -181,8 +191,9 @@ EXPERIMENT = train.Experiment(
     optimizer=resnet.EXPERIMENT.optimizer,
     schedule=resnet.schedule,
     figures={"fig3": train.Figure("accuracy over width of linear and non-linear bottlenecks, and of sparse networks",
-                                  fig3_runs, fig3_draw)},
-    quick=dict(epochs=3, limit=1000, held_out=500, seeds=1, jobs=2, bases="8", widths="12"),
+                                  fig3_runs, fig3_draw, notes=lambda s: list(too_wide(s)))},
+    figures_ignore=resnet.FIGURES_IGNORE,
+    quick=dict(epochs=3, limit=1000, held_out=500, seeds=1, jobs=2, base_width=8, bases="8", widths="12"),
     quick_help="3 epochs of 1,000 images, tested on 500 others; without --width the figure fig3 at widths 8 and 12",
     quick_figure="fig3",
     test_batch=resnet.EXPERIMENT.test_batch,

@@ -12,7 +12,7 @@ and 200 of 300 (moved in proportion with --epochs), batch 128, random crops with
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -50,9 +50,14 @@ class Settings(train.Settings):
 
     ALWAYS_NAMED = ("width", "base_width", "seed")
 
+    def __post_init__(self):
+        if self.dense:  # one name for one network: the dense one of a width is its own base
+            object.__setattr__(self, "base_width", self.width)
+            object.__setattr__(self, "dense", False)
+
     def check(self):
         super().check()
-        if self.base_width > self.width and not self.dense:
+        if self.base_width > self.width:
             raise train.UsageError(f"width {self.width} cannot keep the weights of the wider base {self.base_width}; "
                                    "choose a --width of at least the --base-width, or --dense")
         for name in ("bases", "widths"):
@@ -156,7 +161,7 @@ def layer_sizes(width, num_classes, size=lambda channels_in, channels: 9 * chann
 
 def budget(s):
     """Weights that the network keeps."""
-    return sum(layer_sizes(s.width if s.dense else s.base_width, CLASSES[s.data]))
+    return sum(layer_sizes(s.base_width, CLASSES[s.data]))
 
 
 def build(s, dataset):
@@ -167,8 +172,9 @@ def build(s, dataset):
 
 
 def schedule(s):
-    """The learning rate of an epoch; the paper's milestones move with the number of epochs."""
-    return {"steps": nn.MultiStepLR(s.lr, [round(m * s.epochs / EPOCHS) for m in MILESTONES]),
+    """The learning rate of an epoch; the paper's milestones move with the number of epochs, an epoch apart at least."""
+    milestones = [max(i, round(m * s.epochs / EPOCHS)) for i, m in enumerate(MILESTONES, start=1)]
+    return {"steps": nn.MultiStepLR(s.lr, milestones),
             "cosine": nn.CosineLR(s.lr, s.epochs), "constant": nn.ConstantLR(s.lr)}[s.schedule]
 
 
@@ -176,14 +182,16 @@ def schedule(s):
 
 
 def network(s, base, width):
-    """The settings of width `width` at the weights of width `base`; dense where they are the same."""
-    return replace(s, base_width=base, width=width, dense=False)
+    """The settings of width `width` at the weights of width `base`; dense, without masks, where they are the same."""
+    return replace(s, base_width=base, width=width, io_only=s.io_only and width > base)
 
 
 def families(s):
     """[(base, widths)] of a sweep"""
-    widths = numbers("widths", s.widths)
-    return [(base, sorted({base, *(w for w in widths if w > base)})) for base in numbers("bases", s.bases)]
+    bases, widths = numbers("bases", s.bases), numbers("widths", s.widths)
+    if max(widths) < min(bases):
+        raise train.UsageError(f"none of the --widths {s.widths} is as wide as a base of --bases {s.bases}")
+    return [(base, sorted({base, *(w for w in widths if w > base)})) for base in bases]
 
 
 def fig6_runs(s):
@@ -215,14 +223,30 @@ STATED = {  # by an independent run of the paper's released code: (data set, bas
 
 def paper(s):
     value = STATED.get((s.data, s.base_width, s.width))
-    return f"{value:.2f} %" if value and not s.io_only and s.how == "largest-first" else None
+    return f"{value:.2f} % *" if value and not departures(s, ()) and not s.limit and s.epochs == EPOCHS else None
 
 
-def title(points, metric, what="test"):
-    """The second line of a figure's title: what its numbers are and how far its runs are from the paper's."""
-    s, bars = points[0].settings, any(len(p.finished) > 1 for p in points)
+def stated_by(s):
+    """What the table's asterisk means."""
+    return ["*: an independent run of the paper's released code"]
+
+
+def departures(s, shown):
+    """The settings that differ from the paper's protocol, without those that figures are about or show otherwise."""
+    known = {"data", "seed", "width", "base_width", "kind", "epochs", "limit", "held_out", "schedule", *shown}
+    return [f"{f.name.replace('_', ' ')} {getattr(s, f.name)}" for f in fields(s)
+            if not f.metadata["place"] and f.name not in known and getattr(s, f.name) != f.default]
+
+
+def title(points, metric, what="test", about=()):
+    """The second line of a figure's title: what its numbers are and how far its runs are from the paper's.
+
+    about: settings that the figure is about.
+    """
+    s, bars = points[-1].settings, any(len(p.finished) > 1 for p in points)
     scale = f" (the paper: {EPOCHS})" if s.epochs != EPOCHS else ""
     scale += f", {s.schedule} learning rate" if s.schedule != "steps" else ""
+    scale += "".join(f", {words}" for words in departures(s, about))
     return (shown(points, metric, what).replace(" epochs", f" epochs{scale}").replace(" epoch,", f" epoch{scale},")
             + ("; bars: standard deviation over seeds" if bars else ""))
 
@@ -288,11 +312,13 @@ def fig1_draw(points, metric):
     ax = figure.subplots()
     found = lines(points)
     dense = [p for line in found.values() for p in line if p.settings.width == p.settings.base_width]
-    sparse = {base: line for base, line in found.items() if len(line) > 1}
+    sparse = [line for line in found.values() if any(p.settings.width > p.settings.base_width for p in line)]
     summary = []
     entries = [(f"sparse: {line[0].finished[0]['weights']:,} weights at every width", line, f"C{i}o-")
-               for i, line in enumerate(sparse.values())] + [("dense: all weights of its width", dense, "C7s--")]
+               for i, line in enumerate(sparse)] + [("dense: all weights of its width", dense, "C7s--")]
     for label, line, style in entries:
+        if not line:
+            continue
         y = [100 * p.mean(f"{metric}_test_acc") for p in line]
         ax.errorbar([p.settings.width for p in line], y, [100 * p.std(f"{metric}_test_acc") for p in line],
                     fmt=style, capsize=3, label=label)
@@ -314,24 +340,26 @@ def fig7_draw(points, metric):
     accuracy = {(base, p.settings.width): p.mean(f"{metric}_test_acc") for base, line in found.items() for p in line}
     for i, (base, line) in enumerate(found.items()):
         parts = {}
-        for p in line:
-            w = p.settings.width
+        for w in (p.settings.width for p in line if p.settings.width > base):
             gain = accuracy.get((w, w), math.nan) - accuracy.get((base, base), math.nan)
-            if w > base and gain > 0:
+            if gain > 0.001:
                 parts[w] = (accuracy[base, w] - accuracy[base, base]) / gain
+            elif math.isfinite(gain):
+                summary.append(f"base {base}: at width {w} the dense network gains {100 * gain:.2f} points, "
+                               "too little to have parts")
         if not parts:
             continue
         weights = line[0].finished[0]["weights"]
         ax.plot(list(parts), list(parts.values()), "o-", color=f"C{i}", label=f"base {base}: {weights:,} weights")
-        best = max((p for p in line), key=lambda p: p.mean(f"{metric}_train_acc")).settings.width
+        best = max(line, key=lambda p: p.mean(f"{metric}_train_acc")).settings.width
         if best in parts:
             ax.plot(best, parts[best], "*", color=f"C{i}", markersize=15)
         widths |= set(parts)
         summary.append(f"base {base}: " + ", ".join(f"{100 * v:.0f} % at {w}" for w, v in parts.items())
                        + f"; training accuracy is largest at width {best}")
     if not widths:
-        raise train.UsageError("fig7 needs, for some width above a base, the runs of that width sparse and dense and "
-                               "of the base; --sweep fig7 trains them")
+        raise train.UsageError("; ".join(summary) or "fig7 needs, for some width above a base, the runs of that width "
+                               "sparse and dense and of the base; --sweep fig7 trains them")
     ax.axhline(1, color="gray", linewidth=1)
     axes_over_width(ax, widths)
     ax.set_ylabel("part of the dense improvement")
@@ -350,19 +378,24 @@ def fig9_draw(points, metric):
     free = lines([p for p in points if not p.settings.io_only])
     whole = lines([p for p in points if p.settings.io_only])
     summary = []
-    for i, (base, line) in enumerate(free.items()):
+    for i, base in enumerate(sorted({*free, *whole})):
+        line = free.get(base, [])
         start = [p for p in line if p.settings.width == base]  # dense: the same with either mask
         rest = start + whole.get(base, [])
         for kind, style, these in (("single weights", "o-", line), ("whole kernels", "s--", rest)):
+            if not these:
+                continue
             y = [100 * p.mean(f"{metric}_test_acc") for p in these]
+            weights = [p.finished[0]["weights"] for p in these]
+            count = f"{min(weights):,}" + (f" to {max(weights):,}" if len(set(weights)) > 1 else "")
             ax.errorbar([p.settings.width for p in these], y, [100 * p.std(f"{metric}_test_acc") for p in these],
-                        fmt=style, capsize=3, color=f"C{i}", label=f"base {base}, masks of {kind}")
-            summary.append(f"base {base}, masks of {kind}: "
+                        fmt=style, capsize=3, color=f"C{i}", label=f"base {base}, masks of {kind}: {count} weights")
+            summary.append(f"base {base}, masks of {kind}, {count} weights: "
                            + ", ".join(f"{v:.2f} % at {p.settings.width}" for v, p in zip(y, these)))
     axes_over_width(ax, {p.settings.width for p in points if p.finished})
     ax.set_ylabel(f"{metric} test accuracy, %")
     ax.legend(fontsize=8)
-    ax.set_title(f"Figure 9. ResNet-18, {subject(points)}\n{title(points, metric)}", fontsize=9)
+    ax.set_title(f"Figure 9. ResNet-18, {subject(points)}\n{title(points, metric, about=('io_only',))}", fontsize=9)
     return figure, summary
 
 
@@ -373,11 +406,14 @@ def fig10_draw(points, metric):
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     first = points[0].settings
-    names = [name.removesuffix(".0") for name, _ in nn.layers(ResNet18(1, CLASSES[first.data]))]
+    layers = nn.layers(ResNet18(1, CLASSES[first.data]))
+    names = [name.removesuffix(".0") for name, _ in layers]
+    kernels = [math.prod(layer.weight.shape[2:]) for _, layer in layers]
     summary = []
     for i, p in enumerate(points):
         sizes = layer_sizes(p.settings.width, CLASSES[first.data])
         kept = nn.allocate(sizes, budget(p.settings), first.how)
+        kept = nn.whole_units(kept, kernels) if p.settings.io_only else kept
         label = f"width {p.settings.width}" + (" (dense)" if sum(sizes) == sum(kept) else "")
         left.plot(kept, "o-", color=f"C{i}", markersize=3, label=label)
         right.plot(np.divide(kept, sizes), "o-", color=f"C{i}", markersize=3, label=label)
@@ -389,9 +425,12 @@ def fig10_draw(points, metric):
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     figure.suptitle(f"Figure 10. ResNet-18, {train.TITLES[first.data]}: weights by layer at {budget(first):,} weights "
-                    f"(base {first.base_width}), {first.how}", fontsize=10)
+                    f"(base {first.base_width}), {first.how}"
+                    + (", whole kernels" if points[-1].settings.io_only else ""), fontsize=10)
     return figure, summary
 
+
+FIGURES_IGNORE = dict.fromkeys(("width", "base_width", "dense"), "--bases and --widths")
 
 EXPERIMENT = train.Experiment(
     name="resnet_cifar",
@@ -403,19 +442,23 @@ EXPERIMENT = train.Experiment(
     optimizer=lambda s, params: nn.SGD(params, s.lr, s.momentum, s.weight_decay),
     schedule=schedule,
     figures={
-        "fig1": train.Figure("sparse and dense accuracy over width", fig7_runs, fig1_draw, paper),
+        "fig1": train.Figure("sparse and dense accuracy over width", fig7_runs, fig1_draw, paper, notes=stated_by),
         "fig6": train.Figure("accuracy over width at each base's number of weights (with Figure 11's error bars)",
-                             fig6_runs, family_draw, paper),
-        "fig7": train.Figure("part of the dense improvement that width alone gives", fig7_runs, fig7_draw, paper),
-        "fig9": train.Figure("masks of whole kernels beside masks of single weights", fig9_runs, fig9_draw, paper),
+                             fig6_runs, family_draw, paper, notes=stated_by),
+        "fig7": train.Figure("part of the dense improvement that width alone gives", fig7_runs, fig7_draw, paper,
+                             notes=stated_by),
+        "fig9": train.Figure("masks of whole kernels beside masks of single weights", fig9_runs, fig9_draw, paper,
+                             notes=stated_by),
         "fig10": train.Figure("kept weights by layer", fig10_runs, fig10_draw, trained=False),
-        "fig12": train.Figure("Figure 6 over connectivity", fig6_runs, fig12_draw, paper),
-        "fig14": train.Figure("training accuracy of Figure 6", fig6_runs, fig14_draw),
+        "fig12": train.Figure("Figure 6 over connectivity", fig6_runs, fig12_draw, paper, notes=stated_by),
+        "fig14": train.Figure("training accuracy of Figure 6 (the mean over an epoch's augmented batches)", fig6_runs,
+                              fig14_draw, quantity="train_acc"),
     },
-    quick=dict(epochs=6, limit=2000, held_out=1000, seeds=1, jobs=2, bases="8", widths="8,18"),
+    figures_ignore=FIGURES_IGNORE,
+    quick=dict(epochs=6, limit=2000, held_out=1000, seeds=1, jobs=2, base_width=8, bases="8", widths="8,18"),
     quick_help="6 epochs of 2,000 images, tested on 1,000 others; without --width the figure fig6 at two widths",
     quick_figure="fig6",
-    test_batch=128,  # as many as in training, so that memory is used again
+    test_batch=128,  # as many as in training unless --batch says otherwise: memory is used again
 )
 
 if __name__ == "__main__":

@@ -147,12 +147,16 @@ def parse(experiment, argv):
     todo = parser.parse_args(argv)
     todo.quick_figure = todo.quick and not given & {"--width", "--sweep", "--list", "--plot"}
     settings = experiment.settings(**{f.name: vars(todo).pop(f.name) for f in fields(experiment.settings)})
-    settings.check()
     asked = [name for name in (todo.sweep, todo.list, todo.plot) if name]
     if len(asked) > 1:
         raise UsageError("only one of --sweep, --list and --plot can be done at a time")
     if asked and asked[0] not in experiment.figures:
         raise UsageError(f"there is no figure {asked[0]!r}; there are {names}")
+    for name, instead in experiment.figures_ignore.items():
+        flag = f"--{name.replace('_', '-')}"
+        if (asked or todo.quick_figure) and flag in given:
+            raise UsageError(f"figures take {instead}; {flag} is for a single network")
+    settings.check()
     return settings, todo
 
 
@@ -232,7 +236,7 @@ class Experiment:
     load(settings) -> data.Dataset; build(settings, dataset) -> nn.Module with weights and masks drawn;
     optimizer(settings, parameters) -> nn.SGD; schedule(settings) -> learning rate of an epoch.
     quick: the settings that --quick changes; quick_figure: what it sweeps and draws if no width is given.
-    test_batch: images evaluated at a time.
+    test_batch: images evaluated at a time. figures_ignore: {setting: the flags that figures take in its place}.
     """
 
     name: str
@@ -248,6 +252,7 @@ class Experiment:
     quick_help: str
     quick_figure: str
     test_batch: int = 1000
+    figures_ignore: dict = field(default_factory=dict)
 
 
 class Run:
@@ -601,7 +606,8 @@ class Figure:
     runs(settings) -> the Settings of every run it shows; draw(points, metric) -> (matplotlib Figure, [lines that
     sum it up]); paper(settings) -> what the paper says of these settings (None: nothing); compute(settings) -> what
     it shows beside runs, as a dict that draw gets as a third argument: kept in OUT and in the record. trained: whether
-    it shows what comes out of the runs; otherwise it only needs their settings and can be drawn at once.
+    it shows what comes out of the runs; otherwise it only needs their settings and can be drawn at once. quantity: what
+    its table lists. notes(settings) -> lines that belong to the list of its runs and to its table.
     """
 
     help: str
@@ -610,6 +616,8 @@ class Figure:
     paper: typing.Callable = lambda settings: None
     compute: typing.Callable | None = None
     trained: bool = True
+    quantity: str = "test_acc"
+    notes: typing.Callable = lambda settings: []
 
 
 @dataclass(frozen=True)
@@ -656,7 +664,8 @@ TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svh
 def subject(points):
     """What a figure is about: "MNIST, first 2,048 training images"."""
     s = points[0].settings
-    return TITLES[s.data] + (f", first {s.limit:,} training images" if s.limit else "")
+    return (TITLES[s.data] + (f", first {s.limit:,} training images" if s.limit else "")
+            + (f", tested on {s.held_out:,} others of them" if s.held_out else ""))
 
 
 def shown(points, metric, what="test"):
@@ -674,11 +683,13 @@ def percent(fraction):
 
 def table(figure, points, metric, script):
     """Lines "paper / ours (mean, deviation, seeds) / command" of the points that are done or that the paper states."""
-    yield f"{'paper':>12}  {f'ours: {metric} test accuracy':30}  command of the first seed"
+    name = f"{metric}_{figure.quantity}"
+    what = {"test_acc": "test", "train_acc": "training"}[figure.quantity]
+    yield f"{'paper':>12}  {f'ours: {metric} {what} accuracy':30}  command of the first seed"
     for p in points:
         count, diverged = len(p.finished), len(p.results) - len(p.finished)
-        spread = f" ± {100 * p.std(f'{metric}_test_acc'):.2f}" if count > 1 else ""
-        ours = f"{percent(p.mean(f'{metric}_test_acc'))}{spread} ({count})"
+        spread = f" ± {100 * p.std(name):.2f}" if count > 1 else ""
+        ours = f"{percent(p.mean(name))}{spread} ({count})"
         ours = (ours if p.results else "missing") + (f", {diverged} diverged" if diverged else "")
         stated = figure.paper(p.settings)
         if p.results or stated:
@@ -745,7 +756,7 @@ def plot(experiment, name, settings, metric, record):
     computed = [computed_for(experiment, name, settings, from_record)] if figure.compute else []
     picture, summary = figure.draw(grouped, metric, *computed)
     if figure.trained:
-        print(*table(figure, grouped, metric, experiment.script), "", sep="\n")
+        print(*table(figure, grouped, metric, experiment.script), *figure.notes(settings), "", sep="\n")
     print(f"{name}: {figure.help}", *summary, sep="\n")
     where = record_path(experiment, name).relative_to(ROOT)
     if figure.trained:
@@ -773,21 +784,23 @@ def duration(seconds):
 
 
 def dry_run(experiment, runs):
-    """Say what would be trained and what it would take."""
-    total = 0.0
+    """Say what would be trained and what it would take; runs that differ in the seed alone take the same."""
+    total, most, estimates = 0.0, 0, {}
     for settings in runs:
         run = Run(experiment, settings)
         if run.done():
             print(f"{settings.run_name()}: {run.status()}")
             continue
-        layers, seconds, memory, disk = estimate(run)
-        total += seconds
-        print(f"{settings.run_name()}: about {duration(seconds)}, {memory / 2**20:.0f} MB of memory, "
-              f"{disk / 2**20:.1f} MB of disk")
+        network = replace(settings, seed=0)
+        if network not in estimates:
+            estimates[network] = estimate(run)
+        layers, seconds, memory, disk = estimates[network]
+        total, most = total + seconds, max(most, memory)
+        print(f"{settings.run_name()}: about {duration(seconds)}, {disk / 2**20:.1f} MB of disk")
         if len(runs) == 1:
             print(*layers, sep="\n")
-    if len(runs) > 1:
-        print(f"{len(runs)} runs, about {duration(total)} in all for one process")
+    if estimates:
+        print(f"about {duration(total)} in all for one process, which holds {most / 2**20:.0f} MB of memory at most")
 
 
 def perform(experiment, settings, todo, argv):
@@ -804,7 +817,8 @@ def perform(experiment, settings, todo, argv):
     if todo.list:
         for s in runs:
             print(f"{s.run_name()}: {Run(experiment, s).status()}")
-        print(f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done")
+        print(*experiment.figures[name].notes(settings),
+              f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done", sep="\n")
         return 0
     try:
         nn.use_device(settings.device)

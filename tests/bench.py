@@ -251,8 +251,11 @@ def resnet_worker(name, width, layers):
 
 
 def resnet(layers):
+    import importlib.util
     import json
 
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("PyTorch is not here to compare with: pip install torch==2.13.0")
     what = "all gradients of each convolution" if layers else "a training step"
     print(f"ResNet-18, batch {RESNET_BATCH}, {os.cpu_count()} cores: {what}, best of {RESNET_ROUNDS} rounds")
     print("milliseconds: ours, PyTorch NCHW, channels_last, ratio to the better"

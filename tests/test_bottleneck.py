@@ -161,6 +161,10 @@ def test_runs_of_the_figure():
                      ("linear", 12, 64), ("nonlinear", 12, 64)}  # width 64 is too wide for bottlenecks of base 8
     for run in runs:
         run.check()
+    notes = list(bottleneck.too_wide(bottleneck.Settings(bases="8,12", widths="8,12,64")))
+    assert len(notes) == 2 and notes[0] == (
+        "linear bottlenecks of width 64 are too wide for base 8: with one channel in each they have 211,611 weights, "
+        "the base 182,057")
 
 
 @pytest.mark.parametrize("words, message", [

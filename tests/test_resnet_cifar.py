@@ -68,6 +68,9 @@ def test_schedule_moves_with_the_number_of_epochs():
     cosine = [resnet.schedule(resnet.Settings(epochs=30, schedule="cosine"))(epoch) for epoch in (0, 15)]
     np.testing.assert_allclose(cosine, [0.1, 0.05])
     assert resnet.schedule(resnet.Settings(schedule="constant"))(299) == 0.1
+    for epochs in (1, 2, 3, 4):  # every rate has an epoch, the first one included
+        rates = [resnet.schedule(resnet.Settings(epochs=epochs))(epoch) for epoch in range(epochs)]
+        np.testing.assert_allclose(rates, [0.1, 0.01, 0.001, 0.0001][:epochs])
 
 
 @pytest.mark.parametrize("name, flip, expected", [("cifar10", "auto", True), ("cifar100", "auto", True),
@@ -138,6 +141,9 @@ def test_a_sparse_run_learns_and_keeps_its_budget(settings):
     (("--widths", ""), "--widths is a list"),
     (("--width", 4, "--base-width", 8), "width 4 cannot keep the weights of the wider base 8"),
     (("--device", "gpu"), "--device is one of cpu, not gpu"),
+    (("--sweep", "fig6", "--width", 8), "figures take --bases and --widths; --width is for a single network"),
+    (("--quick", "--base-width=12"), "--base-width is for a single network"),
+    (("--list", "fig6", "--bases", 8, "--widths", 4), "none of the --widths 4 is as wide as a base of --bases 8"),
     (("--sweep", "fig10"), "fig10 needs no training; --plot fig10 draws it"),
     (("--plot", "fig6"), "none of the"),
     (("--batch", 1), "--batch must be a number of at least 2"),
@@ -181,12 +187,13 @@ def made_up(s, run):
 
 @pytest.mark.parametrize("name, expected", [
     ("fig6", ["base 8: 175,192 weights: 80.10 % at width 8, best 84.10 % at width 18"]),
-    ("fig14", ["base 8: 175,192 weights: 90.10 % at width 8, best 94.10 % at width 18"]),
+    ("fig14", ["base 8: 175,192 weights: 90.10 % at width 8, best 94.10 % at width 18",
+               "ours: best training accuracy", "90.10 % ± 0.14 (2)"]),
     ("fig12", ["base 12: 393,540 weights: 85.10 % at width 12, best 86.10 % at width 18"]),
     ("fig1", ["sparse: 175,192 weights at every width: 80.10 % at 8, 83.10 % at 12, 84.10 % at 18",
               "dense: all weights of its width: 80.10 % at 8, 85.10 % at 12, 88.10 % at 18"]),
     ("fig7", ["base 8: 60 % at 12, 50 % at 18; training accuracy is largest at width 18", "base 12: 33 % at 18"]),
-    ("fig9", ["base 8, masks of whole kernels: 80.10 % at 8, 82.10 % at 12, 83.10 % at 18"]),
+    ("fig9", ["base 8, masks of whole kernels, 175,192 weights: 80.10 % at 8, 82.10 % at 12, 83.10 % at 18"]),
     ("fig10", ["width 8: 175,192 of 175,192 weights", "175,192 of 884,502 weights"]),
 ])
 def test_figures_say_what_their_runs_found(name, expected, tmp_path, capsys):
@@ -220,7 +227,38 @@ def test_a_figure_names_another_schedule():
         "test accuracy after 1 epoch (the paper: 300), cosine learning rate, 1 seed")
 
 
+def test_a_figure_names_every_departure_from_the_protocol():
+    s = resnet.Settings(width=12, base_width=8, lr=0.01, how="proportional", io_only=True, held_out=500)
+    grouped = train.points([s], [made_up(s, s)])
+    assert resnet.title(grouped, "best", about=("io_only",)) == (
+        "best test accuracy over 300 epochs, lr 0.01, how proportional, 1 seed")
+    assert "io only True" in resnet.title(grouped, "best")
+    assert train.subject(grouped) == "CIFAR-10, tested on 500 others of them"
+
+
+def test_dense_is_the_base_of_its_own_width():
+    s = resnet.Settings(width=18, base_width=8, dense=True)
+    assert s == resnet.Settings(width=18, base_width=18) and replace(s, width=20).base_width == 18
+
+
+def test_figure_7_says_where_there_is_nothing_to_divide_by(tmp_path):
+    s = resnet.Settings(bases="8", widths="8,12", seeds=1)
+    runs = resnet.fig7_runs(s)
+    results = [made_up(s, r) | {"best_test_acc": 0.5} for r in runs]
+    with pytest.raises(train.UsageError, match="at width 12 the dense network gains 0.00 points"):
+        resnet.fig7_draw(train.points(runs, results), "best")
+
+
+def test_a_figure_of_whole_kernels_alone(tmp_path):
+    s = resnet.Settings(bases="8", widths="8,12", seeds=1)
+    runs = [r for r in resnet.fig9_runs(s) if r.io_only]
+    _, summary = resnet.fig9_draw(train.points(runs, [made_up(s, r) for r in runs]), "best")
+    assert summary == ["base 8, masks of whole kernels, 175,192 weights: 82.00 % at 12"]
+
+
 def test_values_stated_for_the_papers_code():
-    assert resnet.paper(resnet.Settings(data="cifar100", base_width=18, width=64)) == "74.27 %"
-    assert resnet.paper(resnet.Settings(data="cifar100", base_width=18, width=64, io_only=True)) is None
+    s = resnet.Settings(data="cifar100", base_width=18, width=64)
+    assert resnet.paper(s) == "74.27 % *" and resnet.stated_by(s)[0].startswith("*: an independent run")
+    for other in (dict(io_only=True), dict(epochs=30), dict(limit=100), dict(lr=0.01)):
+        assert resnet.paper(replace(s, **other)) is None
     assert resnet.paper(resnet.Settings(data="cifar10", base_width=18, width=64)) is None
