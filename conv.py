@@ -47,7 +47,7 @@ def threads():
     blas = ThreadpoolController().select(user_api="blas")
     count = max([library["num_threads"] for library in blas.info()], default=os.cpu_count())
     blas.limit(limits=1)
-    return count, ThreadPoolExecutor(max(1, count - 1))
+    return count, ThreadPoolExecutor(max(1, count - 1), thread_name_prefix="conv")
 
 
 def parallel(work, count, cost):

@@ -218,7 +218,7 @@ def test_a_figure_says_how_far_its_runs_are_from_the_paper(tmp_path):
     picture, _ = resnet.family_draw(points, "best")
     assert picture.axes[0].get_title() == (
         "Figure 6. ResNet-18, CIFAR-10, first 5,000 training images\nbest test accuracy over 30 epochs "
-        "(the paper: 300), mean of 2 seeds; bars: standard deviation over seeds")
+        "(the paper: 300), mean of 2 seeds\nbars: standard deviation over seeds")
 
 
 def test_a_figure_names_another_schedule():
