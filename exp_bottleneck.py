@@ -19,7 +19,17 @@ from dataclasses import dataclass, replace
 import exp_resnet_cifar as resnet
 import nn
 import train
-from exp_resnet_cifar import CLASSES, axes_over_width, families, layer_sizes, lines, network, title
+from exp_resnet_cifar import (
+    CLASSES,
+    axes_over_width,
+    families,
+    layer_sizes,
+    lines,
+    network,
+    plot_line,
+    title,
+    weights_of,
+)
 from train import over_seeds, setting, subject
 
 BASES, WIDTHS = (8, 12, 18), (8, 12, 18, 32, 40, 64)
@@ -160,19 +170,13 @@ def fig3_draw(points, metric):
             for these, style, label, alpha in entries:
                 if not these:
                     continue
-                y = [100 * p.mean(f"{metric}_test_acc") for p in these]
-                weights = [p.finished[0]["weights"] for p in these]
-                label += (f"{min(weights):,} weights" if len(set(weights)) == 1
-                          else f"{min(weights):,} to {max(weights):,} weights")
-                ax.errorbar([p.settings.width for p in these], y, [100 * p.std(f"{metric}_test_acc") for p in these],
-                            fmt=style, capsize=3, color=f"C{i}", alpha=alpha, label=label)
+                sentence = plot_line(ax, these, metric, style, label + weights_of(these), color=f"C{i}", alpha=alpha)
                 if style == "o-" or kind == "linear":
-                    summary.append(f"{label}: "
-                                   + ", ".join(f"{v:.2f} % at {p.settings.width}" for v, p in zip(y, these)))
+                    summary.append(sentence)
             if plain:
                 value = 100 * plain[0].mean(f"{metric}_test_acc")
                 ax.axhline(value, color=f"C{i}", linestyle="--", linewidth=1,
-                           label=f"base {base}, plain: {plain[0].finished[0]['weights']:,} weights")
+                           label=f"base {base}, plain: {weights_of(plain)}")
         axes_over_width(ax, {p.settings.width for p in points if p.finished})
         ax.legend(fontsize=7)
         ax.set_title({"linear": "linear bottlenecks", "nonlinear": "non-linear bottlenecks"}[kind], fontsize=10)

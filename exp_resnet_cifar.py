@@ -214,7 +214,8 @@ def fig9_runs(s):
 
 
 def fig10_runs(s):
-    return [network(s, *pair) for base, widths in families(s)[:1] for pair in ((base, w) for w in widths)]
+    base, widths = families(s)[0]
+    return [network(s, base, w) for w in widths]
 
 
 STATED = {  # by an independent run of the paper's released code: (data set, base, width)
@@ -240,17 +241,17 @@ def departures(s, shown):
             if not f.metadata["place"] and f.name not in known and getattr(s, f.name) != f.default]
 
 
-def title(points, metric, what="test", about=()):
+def title(points, metric, what="test", about=(), bars=True):
     """The lines of a figure's title below the first: what its numbers are and how far its runs are from the paper's.
 
-    about: settings that the figure is about.
+    about: settings that the figure is about. bars: whether it shows the deviation over seeds, if there are several.
     """
-    s, bars = points[-1].settings, any(len(p.finished) > 1 for p in points)
+    s = points[-1].settings
     scale = f" (the paper: {EPOCHS})" if s.epochs != EPOCHS else ""
     scale += f", {s.schedule} learning rate" if s.schedule != "steps" else ""
     scale += "".join(f", {words}" for words in departures(s, about))
-    return (shown(points, metric, what).replace(" epochs", f" epochs{scale}").replace(" epoch,", f" epoch{scale},")
-            + ("\nbars: standard deviation over seeds" if bars else ""))
+    bars = bars and any(len(p.finished) > 1 for p in points)
+    return shown(points, metric, what, scale) + ("\nbars: standard deviation over seeds" if bars else "")
 
 
 def lines(points):
@@ -260,6 +261,19 @@ def lines(points):
         if p.finished:
             found.setdefault(p.settings.base_width, []).append(p)
     return found
+
+
+def plot_line(ax, line, metric, fmt, label, **style):
+    """Test accuracy of points over their width, with deviations over seeds; returns "label: 65.55 % at 8, ..."."""
+    widths, y = [p.settings.width for p in line], [100 * p.mean(f"{metric}_test_acc") for p in line]
+    ax.errorbar(widths, y, [100 * p.std(f"{metric}_test_acc") for p in line], fmt=fmt, capsize=3, label=label, **style)
+    return f"{label}: " + ", ".join(f"{value:.2f} % at {width}" for value, width in zip(y, widths))
+
+
+def weights_of(line):
+    """"175,192 weights", or from the fewest to the most"""
+    weights = {p.finished[0]["weights"] for p in line}
+    return " to ".join(f"{n:,}" for n in sorted({min(weights), max(weights)})) + " weights"
 
 
 def axes_over_width(ax, widths):
@@ -281,7 +295,7 @@ def family_draw(points, metric, quantity="test_acc", over="width", name="Figure 
         x = [p.settings.width if over == "width" else np.mean(p.values("connectivity")) for p in line]
         y = [100 * p.mean(f"{metric}_{quantity}") for p in line]
         error = [100 * p.std(f"{metric}_{quantity}") for p in line]
-        label = f"base {base}: {line[0].finished[0]['weights']:,} weights"
+        label = f"base {base}: {weights_of(line)}"
         ax.errorbar(x, y, error, fmt="o-", capsize=3, color=f"C{i}", label=label)
         top = int(np.argmax(y))
         summary.append(f"{label}: {y[0]:.2f} % at width {line[0].settings.width}, best {y[top]:.2f} % "
@@ -316,15 +330,10 @@ def fig1_draw(points, metric):
     dense = [p for line in found.values() for p in line if p.settings.width == p.settings.base_width]
     sparse = [line for line in found.values() if any(p.settings.width > p.settings.base_width for p in line)]
     summary = []
-    entries = [(f"sparse: {line[0].finished[0]['weights']:,} weights at every width", line, f"C{i}o-")
-               for i, line in enumerate(sparse)] + [("dense: all weights of its width", dense, "C7s--")]
-    for label, line, style in entries:
-        if not line:
-            continue
-        y = [100 * p.mean(f"{metric}_test_acc") for p in line]
-        ax.errorbar([p.settings.width for p in line], y, [100 * p.std(f"{metric}_test_acc") for p in line],
-                    fmt=style, capsize=3, label=label)
-        summary.append(f"{label}: " + ", ".join(f"{v:.2f} % at {p.settings.width}" for v, p in zip(y, line)))
+    for i, line in enumerate(sparse):
+        summary.append(plot_line(ax, line, metric, f"C{i}o-", f"sparse: {weights_of(line)} at every width"))
+    if dense:
+        summary.append(plot_line(ax, dense, metric, "C7s--", "dense: all weights of its width"))
     axes_over_width(ax, {p.settings.width for p in points if p.finished})
     ax.set_ylabel(f"{metric} test accuracy, %")
     ax.legend(fontsize=8)
@@ -351,8 +360,7 @@ def fig7_draw(points, metric):
                                "too little to have parts")
         if not parts:
             continue
-        weights = line[0].finished[0]["weights"]
-        ax.plot(list(parts), list(parts.values()), "o-", color=f"C{i}", label=f"base {base}: {weights:,} weights")
+        ax.plot(list(parts), list(parts.values()), "o-", color=f"C{i}", label=f"base {base}: {weights_of(line)}")
         best = max(line, key=lambda p: p.mean(f"{metric}_train_acc")).settings.width
         if best in parts:
             ax.plot(best, parts[best], "*", color=f"C{i}", markersize=15)
@@ -367,7 +375,7 @@ def fig7_draw(points, metric):
     ax.set_ylabel("part of the dense improvement")
     ax.legend(fontsize=8)
     ax.set_title(f"Figure 7. ResNet-18, {subject(points)}; stars: largest training accuracy\n"
-                 f"{title(points, metric)}".replace("\nbars: standard deviation over seeds", ""), fontsize=9)
+                 f"{title(points, metric, bars=False)}", fontsize=9)
     return figure, summary
 
 
@@ -385,15 +393,9 @@ def fig9_draw(points, metric):
         start = [p for p in line if p.settings.width == base]  # dense: the same with either mask
         rest = start + whole.get(base, [])
         for kind, style, these in (("single weights", "o-", line), ("whole kernels", "s--", rest)):
-            if not these:
-                continue
-            y = [100 * p.mean(f"{metric}_test_acc") for p in these]
-            weights = [p.finished[0]["weights"] for p in these]
-            count = f"{min(weights):,}" + (f" to {max(weights):,}" if len(set(weights)) > 1 else "")
-            ax.errorbar([p.settings.width for p in these], y, [100 * p.std(f"{metric}_test_acc") for p in these],
-                        fmt=style, capsize=3, color=f"C{i}", label=f"base {base}, masks of {kind}: {count} weights")
-            summary.append(f"base {base}, masks of {kind}, {count} weights: "
-                           + ", ".join(f"{v:.2f} % at {p.settings.width}" for v, p in zip(y, these)))
+            if these:
+                label = f"base {base}, masks of {kind}, {weights_of(these)}"
+                summary.append(plot_line(ax, these, metric, style, label, color=f"C{i}"))
     axes_over_width(ax, {p.settings.width for p in points if p.finished})
     ax.set_ylabel(f"{metric} test accuracy, %")
     ax.legend(fontsize=8)

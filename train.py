@@ -668,13 +668,13 @@ def subject(points):
             + (f", tested on {s.held_out:,} others of them" if s.held_out else ""))
 
 
-def shown(points, metric, what="test"):
-    """What a figure's numbers are: "best test accuracy over 100 epochs, mean of 3 seeds"."""
+def shown(points, metric, what="test", note=""):
+    """What a figure's numbers are: "best test accuracy over 100 epochs, mean of 3 seeds"; note: after "epochs"."""
     s, seeds = points[0].settings, {len(p.finished) for p in points if p.finished}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     epochs = f"{s.epochs} epochs" if s.epochs > 1 else "1 epoch"
     name = {"best": f"best {what} accuracy over", "final": f"{what} accuracy after"}[metric]
-    return f"{name} {epochs}, {'mean of ' + count + ' seeds' if max(seeds) > 1 else '1 seed'}"
+    return f"{name} {epochs}{note}, {'mean of ' + count + ' seeds' if max(seeds) > 1 else '1 seed'}"
 
 
 def percent(fraction):
