@@ -263,6 +263,19 @@ def lines(points):
     return found
 
 
+def panel():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def describe(ax, ylabel, heading):
+    ax.set_ylabel(ylabel)
+    ax.legend(fontsize=8)
+    ax.set_title(heading, fontsize=9)
+
+
 def plot_line(ax, line, metric, fmt, label, **style):
     """Test accuracy of points over their width, with deviations over seeds; returns "label: 65.55 % at 8, ..."."""
     widths, y = [p.settings.width for p in line], [100 * p.mean(f"{metric}_test_acc") for p in line]
@@ -286,10 +299,7 @@ def axes_over_width(ax, widths):
 
 def family_draw(points, metric, quantity="test_acc", over="width", name="Figure 6"):
     """A line for each base: accuracy over width or connectivity, with standard deviations over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = panel()
     summary, what = [], {"test_acc": "test", "train_acc": "training"}[quantity]
     for i, (base, line) in enumerate(lines(points).items()):
         x = [p.settings.width if over == "width" else np.mean(p.values("connectivity")) for p in line]
@@ -306,9 +316,7 @@ def family_draw(points, metric, quantity="test_acc", over="width", name="Figure 
         ax.set(xscale="log", xlabel="connectivity (kept weights / all weights of the width)")
         ax.invert_xaxis()
         ax.grid(alpha=0.3)
-    ax.set_ylabel(f"{metric} {what} accuracy, %")
-    ax.legend(fontsize=8)
-    ax.set_title(f"{name}. ResNet-18, {subject(points)}\n{title(points, metric, what)}", fontsize=9)
+    describe(ax, f"{metric} {what} accuracy, %", f"{name}. ResNet-18, {subject(points)}\n{title(points, metric, what)}")
     return figure, summary
 
 
@@ -322,10 +330,7 @@ def fig14_draw(points, metric):
 
 def fig1_draw(points, metric):
     """Sparse networks at a base's weights beside dense networks of the same width."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = panel()
     found = lines(points)
     dense = [p for line in found.values() for p in line if p.settings.width == p.settings.base_width]
     sparse = [line for line in found.values() if any(p.settings.width > p.settings.base_width for p in line)]
@@ -335,18 +340,13 @@ def fig1_draw(points, metric):
     if dense:
         summary.append(plot_line(ax, dense, metric, "C7s--", "dense: all weights of its width"))
     axes_over_width(ax, {p.settings.width for p in points if p.finished})
-    ax.set_ylabel(f"{metric} test accuracy, %")
-    ax.legend(fontsize=8)
-    ax.set_title(f"Figure 1. ResNet-18, {subject(points)}\n{title(points, metric)}", fontsize=9)
+    describe(ax, f"{metric} test accuracy, %", f"Figure 1. ResNet-18, {subject(points)}\n{title(points, metric)}")
     return figure, summary
 
 
 def fig7_draw(points, metric):
     """(sparse - base) / (dense - base) over width: the part of the dense improvement that width alone gives."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = panel()
     found, summary, widths = lines(points), [], set()
     accuracy = {(base, p.settings.width): p.mean(f"{metric}_test_acc") for base, line in found.items() for p in line}
     for i, (base, line) in enumerate(found.items()):
@@ -372,19 +372,15 @@ def fig7_draw(points, metric):
                                "sparse and dense and of the base; --sweep fig7 trains them")
     ax.axhline(1, color="gray", linewidth=1)
     axes_over_width(ax, widths)
-    ax.set_ylabel("part of the dense improvement")
-    ax.legend(fontsize=8)
-    ax.set_title(f"Figure 7. ResNet-18, {subject(points)}; stars: largest training accuracy\n"
-                 f"{title(points, metric, bars=False)}", fontsize=9)
+    describe(ax, "part of the dense improvement",
+             f"Figure 7. ResNet-18, {subject(points)}; stars: largest training accuracy\n"
+             f"{title(points, metric, bars=False)}")
     return figure, summary
 
 
 def fig9_draw(points, metric):
     """Masks of whole kernels beside masks of single weights."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = panel()
     free = lines([p for p in points if not p.settings.io_only])
     whole = lines([p for p in points if p.settings.io_only])
     summary = []
@@ -397,9 +393,8 @@ def fig9_draw(points, metric):
                 label = f"base {base}, masks of {kind}, {weights_of(these)}"
                 summary.append(plot_line(ax, these, metric, style, label, color=f"C{i}"))
     axes_over_width(ax, {p.settings.width for p in points if p.finished})
-    ax.set_ylabel(f"{metric} test accuracy, %")
-    ax.legend(fontsize=8)
-    ax.set_title(f"Figure 9. ResNet-18, {subject(points)}\n{title(points, metric, about=('io_only',))}", fontsize=9)
+    describe(ax, f"{metric} test accuracy, %",
+             f"Figure 9. ResNet-18, {subject(points)}\n{title(points, metric, about=('io_only',))}")
     return figure, summary
 
 
