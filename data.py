@@ -64,35 +64,37 @@ class Dataset:
         """
         return replace(self, padding=padding, flip=flip)
 
-    def train_batches(self, batch, seed, epoch, start=0):
+    def train_batches(self, batch, seed, epoch, start=0, part=(0, 1)):
         """(x, y) of the training set in an order that depends on (seed, epoch) alone, from batch `start` on.
 
         x (batch, C, H, W) of float32, y (batch,) of int64; the last batch may be smaller. A batch is valid until the
         next one is asked for: its memory is used again. Crops and flips depend on (seed, epoch) alone as well.
+        part: (rank, ranks): of each batch only the rank's share, which may be empty.
         """
         count = len(self.train_labels)
         order = nn.xp.asarray(nn.generator(seed, "batches", epoch).permutation(count))
         if not self.padding and not self.flip:
-            return self.batches(self.train_images, self.train_labels, order, batch, start)
+            return self.batches(self.train_images, self.train_labels, order, batch, start, part)
         ends = [[2 * self.padding + 1], [2 * self.padding + 1], [1 + self.flip]]
         draws = nn.xp.asarray(nn.generator(seed, "augment", epoch).integers(0, ends, (3, count)))
-        batches = self.batches(self.train_images, self.train_labels, order, batch, start, draws)
+        batches = self.batches(self.train_images, self.train_labels, order, batch, start, part, draws)
         return ahead(batches) if nn.xp is np else batches  # a GPU works ahead of Python by itself
 
-    def test_batches(self, batch):
-        """(x, y) of the test set in its own order; x and y as those of train_batches."""
-        return self.batches(self.test_images, self.test_labels, nn.xp.arange(len(self.test_labels)), batch)
+    def test_batches(self, batch, part=(0, 1)):
+        """(x, y) of the test set in its own order; x, y and part as those of train_batches."""
+        order = nn.xp.arange(len(self.test_labels))
+        return self.batches(self.test_images, self.test_labels, order, batch, part=part)
 
-    def batches(self, images, labels, order, batch, start=0, draws=None):
+    def batches(self, images, labels, order, batch, start=0, part=(0, 1), draws=None):
         """draws: (3, N) of integers, what `cropped` needs for each place in the order; None for images as they are."""
         raw = nn.xp.empty((min(batch, len(order)), *images.shape[1:]), np.uint8)
         # `ahead` fills one array while the other is in use; without it a second one would only take cache
         buffers = [nn.xp.empty(raw.shape, np.float32) for _ in range(1 if draws is None else 2)]
-        for number, first in enumerate(range(start * batch, len(order), batch)):
-            rows = order[first : first + batch]
+        for number, mine in enumerate(shares(len(order), batch, start, part)):
+            rows = order[mine]
             pixels = nn.gather(images, rows, out=raw[: len(rows)])
             if draws is not None:
-                pixels = cropped(pixels, self.padding, *draws[:, first : first + batch])
+                pixels = cropped(pixels, self.padding, *draws[:, mine])
             x = buffers[number % len(buffers)][: len(rows)]
             x[...] = pixels
             x *= self.scale
@@ -125,6 +127,14 @@ class Dataset:
                             "held out")
         return replace(self, train_images=self.train_images[:keep], train_labels=self.train_labels[:keep],
                        test_images=self.train_images[keep:], test_labels=self.train_labels[keep:])
+
+
+def shares(count, batch, start, part):
+    """The slices of range(count) that are this part's, (rank, ranks), of each batch from number `start` on."""
+    rank, ranks = part
+    for first in range(start * batch, count, batch):
+        n = min(batch, count - first)
+        yield slice(first + n * rank // ranks, first + n * (rank + 1) // ranks)
 
 
 def cropped(images, padding, top, left, mirrored):

@@ -29,11 +29,9 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "synthetic": 10}
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
-    """The paper's protocol unless changed."""
+class Network(train.Settings):
+    """A ResNet-18 of any width at the weights of a base, and its optimiser."""
 
-    data: str = setting("cifar10", "data set", choices=tuple(CLASSES))
-    batch: int = setting(128, "examples a step", least=2)
     device: str = setting("cpu", "where to compute", choices=("cpu",), place=True)
     width: int = setting(64, "channels of the first stage; the others have 2, 4 and 8 times as many", least=1)
     base_width: int = setting(64, "the network keeps as many weights as a dense one of this width", least=1)
@@ -44,9 +42,6 @@ class Settings(train.Settings):
                             "cosine (to 0 at the end) or constant", choices=("steps", "cosine", "constant"))
     momentum: float = setting(0.9, "of SGD", least=0)
     weight_decay: float = setting(5e-4, "of SGD", least=0)
-    padding: int = setting(4, "black pixels on each side of the images that random crops are taken from", least=0)
-    flip: str = setting("auto", "mirror training images at random; auto: unless they are digits",
-                        choices=("auto", "yes", "no"))
     bases: str = setting(",".join(map(str, BASES)), "base widths of a sweep", place=True)
     widths: str = setting(",".join(map(str, WIDTHS)), "widths of a sweep", place=True)
 
@@ -64,6 +59,17 @@ class Settings(train.Settings):
                                    "choose a --width of at least the --base-width, or --dense")
         for name in ("bases", "widths"):
             numbers(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Settings(Network):
+    """The paper's protocol unless changed."""
+
+    data: str = setting("cifar10", "data set", choices=tuple(CLASSES))
+    batch: int = setting(128, "examples a step", least=2)
+    padding: int = setting(4, "black pixels on each side of the images that random crops are taken from", least=0)
+    flip: str = setting("auto", "mirror training images at random; auto: unless they are digits",
+                        choices=("auto", "yes", "no"))
 
     @property
     def flips(self):
@@ -138,8 +144,11 @@ class ResNet18(nn.Module):
                 channels_in = channels
         self.classifier = nn.Linear(channels_in, num_classes)
 
+    def stem(self, x):
+        return self.bn(self.conv(x), relu=True)
+
     def forward(self, x):
-        x = self.bn(self.conv(x), relu=True)
+        x = self.stem(x)
         for block in self.blocks:
             x = block(x)
         return self.classifier(nn.global_avg_pool(x))
@@ -200,11 +209,15 @@ def fig6_runs(s):
     return over_seeds(s, [network(s, base, w) for base, widths in families(s) for w in widths], 3)
 
 
-def fig7_runs(s):
+def sparse_and_dense(s):
     """The sparse families and the dense networks of all their widths."""
     runs = [network(s, base, w) for base, widths in families(s) for w in widths]
     runs += [network(s, w, w) for _, widths in families(s) for w in widths]
-    return over_seeds(s, list(dict.fromkeys(runs)), 3)
+    return list(dict.fromkeys(runs))
+
+
+def fig7_runs(s):
+    return over_seeds(s, sparse_and_dense(s), 3)
 
 
 def fig9_runs(s):
@@ -246,9 +259,9 @@ def title(points, metric, what="test", about=(), bars=True):
 
     about: settings that the figure is about. bars: whether it shows the deviation over seeds, if there are several.
     """
-    s = points[-1].settings
-    scale = f" (the paper: {EPOCHS})" if s.epochs != EPOCHS else ""
-    scale += f", {s.schedule} learning rate" if s.schedule != "steps" else ""
+    s, protocol = points[-1].settings, type(points[-1].settings)  # whose defaults are the paper's
+    scale = f" (the paper: {protocol.epochs})" if s.epochs != protocol.epochs else ""
+    scale += f", {s.schedule} learning rate" if s.schedule != protocol.schedule else ""
     scale += "".join(f", {words}" for words in departures(s, about))
     bars = bars and any(len(p.finished) > 1 for p in points)
     return shown(points, metric, what, scale) + ("\nbars: standard deviation over seeds" if bars else "")

@@ -9,6 +9,7 @@ calls main(); its command line follows from that.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
@@ -21,8 +22,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import typing
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+import distributed
 import nn
 
 ROOT = Path(__file__).resolve().parent
@@ -40,6 +42,8 @@ LOOK_EVERY = 0.5  # seconds between looks at loss and accuracy (on a GPU each lo
 class UsageError(Exception):
     """Something the user asked for that cannot be done; the message is one sentence."""
 
+
+EXPECTED = UsageError, data.DataError, distributed.JobError  # errors whose message says all that there is to say
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -107,7 +111,11 @@ class Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes on the command line end in one sentence and exit code 2."""
+    """Mistakes on the command line end in one sentence and exit code 2; of several ranks the first says it."""
+
+    def _print_message(self, message, file=None):
+        if distributed.world().rank == 0:
+            super()._print_message(message, file)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -128,6 +136,8 @@ def parse(experiment, argv):
     todo.add_argument("--quick", action="store_true", help=f"a small version: {experiment.quick_help}")
     todo.add_argument("--dry-run", action="store_true",
                       help="only say what would be trained, and estimate time, memory and disk")
+    for action, (help, _) in experiment.actions.items():
+        todo.add_argument(f"--{action}", action="store_true", help=help)
     todo.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a process of --jobs
     group = parser.add_argument_group("settings")
     types = typing.get_type_hints(experiment.settings)
@@ -184,8 +194,8 @@ def write_whole(path, content):
             os.close(folder)
 
 
-def write_json(path, value):
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+def as_json(value):
+    return json.dumps(value, indent=1) + "\n"
 
 
 def read_json(path):
@@ -237,6 +247,7 @@ class Experiment:
     optimizer(settings, parameters) -> nn.SGD; schedule(settings) -> learning rate of an epoch.
     quick: the settings that --quick changes; quick_figure: what it sweeps and draws if no width is given.
     test_batch: images evaluated at a time. figures_ignore: {setting: the flags that figures take in its place}.
+    actions: {flag: (help, what it does with the settings)} of what can be done besides training.
     """
 
     name: str
@@ -253,13 +264,14 @@ class Experiment:
     quick_figure: str
     test_batch: int = 1000
     figures_ignore: dict = field(default_factory=dict)
+    actions: dict = field(default_factory=dict)
 
 
 class Run:
-    """One training run and its folder."""
+    """One training run and its folder. ranks: the processes that train it together, each calling the same methods."""
 
-    def __init__(self, experiment, settings):
-        self.experiment, self.settings = experiment, settings
+    def __init__(self, experiment, settings, ranks=distributed.Alone()):
+        self.experiment, self.settings, self.ranks = experiment, settings, ranks
         self.folder = Path(settings.out, experiment.name, settings.data, settings.run_name())
 
     def result(self):
@@ -275,31 +287,44 @@ class Run:
             if result["diverged"]:
                 return f"diverged in epoch {result['epochs'] + 1}"
             return f"done: test {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final"
+        if failure := read_json(self.folder / "failed.json"):
+            return f"failed: {failure['error']}"
         try:
             with open(self.folder / "log.csv") as log:
                 return f"begun: {sum(1 for _ in log) - 1} of {self.settings.epochs} epochs"
         except FileNotFoundError:
             return "not begun"
 
-    @contextmanager
+    def record_failure(self, error):
+        """Leave failed.json beside what the run has; returns the failure as one line."""
+        line = f"{error}" if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # a full disk may be what failed
+            self.write("failed.json", as_json({"error": line, "traceback": traceback.format_exception(error)}))
+        return line
+
+    @contextlib.contextmanager
     def lock(self):
         """Hold the run's folder while it is trained; yields False if another process holds it.
 
         The operating system ends the hold when the process ends in whatever way, so a lock cannot be stale.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "a+b") as file:
-            try:
-                lock_file(file)
-            except OSError:
-                yield False
-            else:
-                yield True
+        with hold(self.folder) if self.ranks.rank == 0 else contextlib.nullcontext() as mine:
+            yield self.ranks.broadcast(mine)
+
+    def write(self, name, content):
+        """A whole file in the run's folder; of several ranks the first writes it."""
+        if self.ranks.rank == 0:
+            write_whole(self.folder / name, content)
+
+    def say(self, text, file=None):
+        """One line on the screen, beside the progress bar; of several ranks the first says it."""
+        if self.ranks.rank == 0:
+            tqdm.write(text, file)
 
     def prepare(self):
         """(dataset, model, optimizer, schedule) as at the first step."""
         s, e = self.settings, self.experiment
-        dataset = e.load(s).to_device()
+        dataset = self.ranks.first_here(lambda: e.load(s)).to_device()
         model = e.build(s, dataset)
         return dataset, model, e.optimizer(s, model.parameters()), e.schedule(s)
 
@@ -311,24 +336,27 @@ class Run:
         """
         s = self.settings
         dataset, model, optimizer, schedule = self.prepare()
-        if (self.folder / "checkpoint.npz").exists():
-            progress = self.load_checkpoint(model, optimizer)
-        else:
+        progress = self.load_checkpoint(model, optimizer)
+        if progress is None:
             progress = Progress()
-            write_json(self.folder / "config.json", {"settings": s.identity(), "versions": versions()})
+            self.write("config.json", as_json({"settings": s.identity(), "versions": versions(),
+                                               "ranks": self.ranks.size}))
+        self.ranks.check_same(model, "before training")
         steps = math.ceil(len(dataset.train_labels) / s.batch)
         bar = tqdm(total=s.epochs * steps, initial=progress.epoch * steps + progress.step, unit="step",
-                   disable=None if bar else True, mininterval=0.5)
+                   disable=None if bar and self.ranks.rank == 0 else True, mininterval=0.5)
         finite, self.saved = True, time.monotonic()
         # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
         with bar, stop_signal() as stopped, np.errstate(over="ignore", invalid="ignore"):
             while finite and progress.epoch < s.epochs:
                 finite = self.epoch(dataset, model, optimizer, schedule(progress.epoch), progress, stopped, bar)
+                self.ranks.check_same(model, f"after epoch {progress.epoch}")
                 if finite and (self.save_is_due() or progress.epoch == s.epochs):
                     self.save_checkpoint(model, optimizer, progress)
         if not finite:
             self.write_log(progress)
-            print(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; recorded as diverged")
+            self.say(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; "
+                     "recorded as diverged")
         result = self.write_result(model, progress, diverged=not finite)
         if stopped:  # asked to stop during the last evaluation: the run is done, but what would follow must not begin
             raise SystemExit(128 + stopped[0])
@@ -336,30 +364,34 @@ class Run:
 
     def epoch(self, dataset, model, optimizer, lr, progress, stopped, bar):
         """Train to the end of the epoch at hand and evaluate; False if the loss is not finite."""
-        s = self.settings
+        s, ranks = self.settings, self.ranks
         begin = looked = time.monotonic()
         optimizer.lr = lr
         model.train()
-        for x, labels in dataset.train_batches(s.batch, s.seed, progress.epoch, progress.step):
-            progress.add(*train_step(model, optimizer, x, labels), labels)
+        left = len(dataset.train_labels) - progress.step * s.batch
+        for x, labels in dataset.train_batches(s.batch, s.seed, progress.epoch, progress.step, ranks.part):
+            sums = train_step(model, optimizer, x, labels, ranks, len(labels) / min(s.batch, left))
+            left -= s.batch
+            *sums, stop = ranks.sum(*sums, len(stopped))  # if one rank is told to stop, all do after the same step
+            progress.add(*sums)
             bar.update()
             now = time.monotonic()
-            if stopped or now - looked > LOOK_EVERY:
+            if stop or ranks.size > 1 or now - looked > LOOK_EVERY:
                 looked = now
                 if not progress.finite():
                     return False
                 bar.set_description(progress.description(s.epochs), refresh=False)
-                if stopped or self.save_is_due():
+                if stop or self.save_is_due():
                     progress.seconds += now - begin
                     begin = now
                     self.save_checkpoint(model, optimizer, progress)
-                if stopped:
-                    bar.write(f"stopped in epoch {progress.epoch + 1}; the same command goes on from here", sys.stderr)
-                    raise SystemExit(128 + stopped[0])
+                if stop:
+                    self.say(f"stopped in epoch {progress.epoch + 1}; the same command goes on from here", sys.stderr)
+                    raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
         if not progress.finite():
             return False
         bar.set_description(progress.description(s.epochs), refresh=False)
-        test_loss, test_acc = evaluate(model, dataset.test_batches(self.experiment.test_batch))
+        test_loss, test_acc = evaluate(model, dataset.test_batches(self.experiment.test_batch, ranks.part), ranks)
         progress.seconds += time.monotonic() - begin
         progress.end_epoch(lr, test_loss, test_acc)
         return True
@@ -369,21 +401,26 @@ class Run:
 
     def save_checkpoint(self, model, optimizer, progress):
         """checkpoint.npz with all that a bit-identical continuation needs, then log.csv."""
+        if self.ranks.rank:  # all ranks hold the same
+            return
         arrays = {f"model.{k}": v for k, v in model.state_dict().items()}
         arrays |= {f"optimizer.{k}": v for k, v in optimizer.state_dict().items()}
         arrays |= {f"progress.{k}": np.asarray(v, np.float64) for k, v in progress.state().items()}
         arrays["settings"] = np.asarray(json.dumps(self.settings.identity()))
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        write_whole(self.folder / "checkpoint.npz", buffer.getbuffer())
+        self.write("checkpoint.npz", buffer.getbuffer())
         self.write_log(progress)
         self.saved = time.monotonic()
 
     def load_checkpoint(self, model, optimizer):
-        """Put the state of checkpoint.npz into model and optimizer; returns the Progress."""
+        """Put the state of checkpoint.npz, as rank 0 finds it, into model and optimizer; the Progress, None without."""
         path = self.folder / "checkpoint.npz"
+        content = self.ranks.broadcast(path.read_bytes() if self.ranks.rank == 0 and path.exists() else None)
+        if content is None:
+            return None
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             settings = json.loads(str(arrays.pop("settings")))
             part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")}
@@ -406,7 +443,7 @@ class Run:
         writer = csv.writer(rows, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([[int(row[0]), *map(repr, map(float, row[1:]))] for row in progress.history])
-        write_whole(self.folder / "log.csv", rows.getvalue())
+        self.write("log.csv", rows.getvalue())
 
     def write_result(self, model, progress, diverged):
         layers = [{"name": name, "shape": list(layer.weight.shape), "size": layer.weight.size,
@@ -422,7 +459,9 @@ class Run:
             result[f"final_{part}_acc"] = accuracies[-1] if accuracies else None
         result |= {"epochs": len(progress.history), "seconds": sum(column["seconds"]),
                    "config": read_json(self.folder / "config.json")}
-        write_json(self.folder / "result.json", result)
+        self.write("result.json", as_json(result))
+        if self.ranks.rank == 0:
+            (self.folder / "failed.json").unlink(missing_ok=True)
         return result
 
 
@@ -439,12 +478,12 @@ class Progress:
         state = {k: float(v) for k, v in state.items()}
         return state | {"history": np.reshape(self.history, (-1, len(COLUMNS)))}
 
-    def add(self, loss, logits, labels):
+    def add(self, loss_sum, correct, seen):
         """Count one step; the sums stay on the device."""
         self.step += 1
-        self.seen += len(labels)
-        self.loss_sum += loss.astype(np.float64) * len(labels)
-        self.correct += (logits.argmax(axis=1) == labels).sum()
+        self.seen += int(seen)
+        self.loss_sum += loss_sum
+        self.correct += correct
 
     def finite(self):
         return math.isfinite(float(self.loss_sum))
@@ -461,30 +500,39 @@ class Progress:
         self.loss_sum, self.correct, self.seconds = 0.0, 0, 0.0
 
 
-def train_step(model, optimizer, x, labels):
-    """One step of SGD on a batch; (loss, logits) as arrays."""
-    logits = model(nn.Tensor(x))
-    loss = nn.cross_entropy(logits, labels)
-    loss.backward()
+def train_step(model, optimizer, x, labels, ranks=distributed.Alone(), weight=1.0):
+    """One step of SGD on a batch, of which this rank has the part `weight`: x, labels, perhaps none.
+
+    Returns this rank's sums: of the loss, of correct answers, of examples.
+    """
+    sums = 0.0, 0, 0
+    if len(labels):
+        logits = model(nn.Tensor(x))
+        loss = nn.cross_entropy(logits, labels)
+        loss.backward()
+        sums = (loss.data.astype(np.float64) * len(labels), (logits.data.argmax(axis=1) == labels).sum(), len(labels))
+    ranks.average(model, weight)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.data, logits.data
+    return sums
 
 
-def evaluate(model, batches):
-    """(mean loss, accuracy) in evaluation mode."""
+def evaluate(model, batches, ranks=distributed.Alone()):
+    """(mean loss, accuracy) in evaluation mode, over the batches of all ranks."""
     model.eval()
     loss_sum, correct, seen = 0.0, 0, 0
     with nn.no_grad():
         for x, labels in batches:
-            logits = model(nn.Tensor(x))
-            loss_sum += float(nn.cross_entropy(logits, labels).data) * len(labels)
-            correct += int((logits.data.argmax(axis=1) == labels).sum())
-            seen += len(labels)
+            if len(labels):
+                logits = model(nn.Tensor(x))
+                loss_sum += float(nn.cross_entropy(logits, labels).data) * len(labels)
+                correct += int((logits.data.argmax(axis=1) == labels).sum())
+                seen += len(labels)
+    loss_sum, correct, seen = ranks.sum(loss_sum, correct, seen)
     return loss_sum / seen, correct / seen
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_signal():
     """A list that SIGTERM and SIGINT put their number into, so that a step is never cut in the middle."""
     stopped = []
@@ -495,6 +543,19 @@ def stop_signal():
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+@contextlib.contextmanager
+def hold(folder):
+    """True while this process holds the lock of a folder, False if another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+b") as file:
+        try:
+            lock_file(file)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def lock_file(file):
@@ -518,7 +579,7 @@ def estimate(run, steps=20):
     timed = []
     for x, labels in dataset.train_batches(s.batch, s.seed, 0):
         begin = time.perf_counter()
-        Progress().add(*train_step(model, optimizer, x, labels), labels)
+        Progress().add(*train_step(model, optimizer, x, labels))
         timed.append(time.perf_counter() - begin)
         if len(timed) == steps or len(timed) > 1 and np.sum(timed) > 5:
             break
@@ -546,13 +607,14 @@ def peak_memory():
 # ---------------------------------------------------------------------------------------------- sweeps
 
 
-def sweep(runs, worker=False):
-    """Train the runs that are not done, each under its lock; returns how many failed.
+def sweep(runs, ranks=distributed.Alone(), bar=True):
+    """Train the runs that are not done, each under its lock; returns how many failed, on all ranks together.
 
     Any number of processes may do this for the same runs at once. Whoever is through waits for the others, and
-    takes over the run of one that died.
+    takes over the run of one that died. The ranks of a job share the runs out among themselves. A run that fails is
+    recorded in its folder, the others go on; the next sweep tries it again.
     """
-    runs, failed, waiting = list(runs), 0, list(runs)
+    failed, waiting = 0, (runs[i] for i in ranks.hand_out(len(runs)))
     while waiting:
         busy = []
         for run in waiting:
@@ -562,26 +624,28 @@ def sweep(runs, worker=False):
                 if not mine:
                     busy.append(run)
                 elif not run.done():
+                    name = run.settings.run_name()
                     try:
-                        result = run.train(bar=not worker)
-                    except UsageError as error:
+                        result = run.train(bar)
+                    except Exception as error:
                         failed += 1
-                        print(f"{run.settings.run_name()}: {error}", file=sys.stderr, flush=True)
+                        print(f"{name}: {run.record_failure(error)}", file=sys.stderr, flush=True)
                         continue
                     count = sum(r.done() for r in runs)
-                    print(f"[{count}/{len(runs)}] {run.settings.run_name()}: "
+                    print(f"[{count}/{len(runs)}] {name}: "
                           f"test {percent(result['best_test_acc'])} in {result['seconds']:.0f} s", flush=True)
         waiting = busy
         if busy:
             time.sleep(1)
-    return failed
+    return int(ranks.sum_when_ready(failed))
 
 
 def sweep_in_processes(jobs, script, argv):
     """The same command in `jobs` processes that share the cores; returns the worst exit code."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    env = dict(os.environ, **{name: threads for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS",
-                                                         "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")})
+    env = {k: v for k, v in os.environ.items() if k not in distributed.SIZES}  # a worker is no rank of a job
+    env |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"),
+                         threads)
     command = [sys.executable, script, *argv, "--worker"]
     workers = [subprocess.Popen(command, env=env) for _ in range(jobs)]
     with stop_signal() as stopped:
@@ -657,8 +721,8 @@ def over_seeds(settings, runs, default):
     return [replace(run, seed=settings.seed + i) for run in runs for i in range(settings.seeds or default)]
 
 
-TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN",
-          "synthetic": "Synthetic digits"}
+TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "imagenet": "ImageNet",
+          "imagenet-256": "ImageNet resized to 256", "synthetic": "Synthetic images"}
 
 
 def subject(points):
@@ -732,7 +796,7 @@ def computed_for(experiment, name, settings, from_record):
     computed = read_json(path)
     if computed is None:
         computed = experiment.figures[name].compute(settings)
-        write_json(path, computed)
+        write_whole(path, as_json(computed))
     return computed
 
 
@@ -803,8 +867,15 @@ def dry_run(experiment, runs):
         print(f"about {duration(total)} in all for one process, which holds {most / 2**20:.0f} MB of memory at most")
 
 
-def perform(experiment, settings, todo, argv):
+def perform(experiment, settings, todo, argv, ranks):
     """Do what the command line asks for; returns the exit code."""
+    actions = [act for name, (_, act) in experiment.actions.items() if vars(todo)[name]]
+    if ranks.rank and (actions or todo.plot or todo.list or todo.dry_run):  # what one process does
+        return 0
+    for act in actions:
+        act(settings)
+    if actions:
+        return 0
     if todo.plot:
         plot(experiment, todo.plot, settings, todo.metric, todo.record)
         return 0
@@ -824,17 +895,20 @@ def perform(experiment, settings, todo, argv):
         nn.use_device(settings.device)
     except RuntimeError as error:
         raise UsageError(str(error)) from None
+    ranks.use_own_gpu()
     if todo.dry_run:
         dry_run(experiment, runs)
         return 0
-    if name and settings.jobs > 1 and not todo.worker:
-        experiment.load(runs[0])  # what has to be downloaded or generated is so once, before the processes start
+    if not name:
+        return train_one(Run(experiment, settings, ranks))
+    # What has to be downloaded or generated is so once, before several processes ask for it.
+    if ranks.size > 1 or settings.jobs > 1 and not todo.worker:
+        ranks.first_here(lambda: experiment.load(runs[0]))
+    if ranks.size == 1 and settings.jobs > 1 and not todo.worker:
         failed = sweep_in_processes(min(settings.jobs, len(runs)), sys.argv[0], argv)
-    elif name:
-        failed = 1 if sweep([Run(experiment, s) for s in runs], todo.worker) else 0
     else:
-        return train_one(Run(experiment, settings))
-    if todo.quick_figure and not failed and not todo.worker:
+        failed = 1 if sweep([Run(experiment, s) for s in runs], ranks, not todo.worker and ranks.size == 1) else 0
+    if todo.quick_figure and not failed and not todo.worker and ranks.rank == 0:
         plot(experiment, name, settings, todo.metric, record=False)
     return failed
 
@@ -843,24 +917,36 @@ def train_one(run):
     with run.lock() as mine:
         if not mine:
             raise UsageError(f"another process is training {run.folder}")
-        result = run.result() or run.train()
-    print(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
-          f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "
-          f"{result['epochs']} epochs in {result['seconds']:.0f} s")
+        result = run.ranks.broadcast(run.result()) or run.train()
+    run.say(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
+            f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "
+            f"{result['epochs']} epochs in {result['seconds']:.0f} s")
     return 1 if result["diverged"] else 0
 
 
 def main(experiment, argv=None):
-    """The command line of an experiment; returns the exit code."""
+    """The command line of an experiment; returns the exit code. A rank that fails ends the whole job."""
     argv = sys.argv[1:] if argv is None else argv
+    ranks, performing = distributed.Alone(), False
     try:
+        ranks = distributed.world()
         settings, todo = parse(experiment, argv)
-        return perform(experiment, settings, todo, argv)
-    except (UsageError, data.DataError) as error:
-        print(f"{experiment.script}: {error}", file=sys.stderr)
-        return 2
+        performing = True
+        return perform(experiment, settings, todo, argv, ranks)
+    except EXPECTED as error:
+        message, code = f"{experiment.script}: {error}", 2
     except OSError as error:
-        print(f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        message, code = f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}", 1
     except KeyboardInterrupt:  # outside of training, where nothing is lost
-        return 130
+        message, code = "", 130
+    except Exception:
+        if ranks.size == 1:
+            raise
+        message, code = traceback.format_exc(), 1
+    if performing:
+        time.sleep(min(ranks.rank, 1) / 2)  # what all ranks fail of, the first says, and that ends the others
+    if message and (performing or ranks.rank == 0):
+        print(message, file=sys.stderr, flush=True)
+    if performing:
+        ranks.abort(code)
+    return code

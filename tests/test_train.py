@@ -326,8 +326,8 @@ def test_a_run_that_was_finished_while_we_waited_for_its_lock_is_not_trained_aga
     run = trained(settings)
     answers = [False]  # not done when looked at, done by the time the lock is ours
     monkeypatch.setattr(run, "done", lambda: answers.pop() if answers else True)
-    monkeypatch.setattr(run, "train", lambda **options: pytest.fail("trained twice"))
-    assert train.sweep([run], worker=True) == 0 and not answers
+    monkeypatch.setattr(run, "train", lambda bar: pytest.fail("trained twice"))
+    assert train.sweep([run], bar=False) == 0 and not answers
 
 
 def test_a_stop_during_the_last_evaluation_of_a_run_ends_the_sweep(settings, monkeypatch):
@@ -342,7 +342,7 @@ def test_a_stop_during_the_last_evaluation_of_a_run_ends_the_sweep(settings, mon
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     with pytest.raises(SystemExit) as stop:
-        train.sweep(runs, worker=True)
+        train.sweep(runs, bar=False)
     assert stop.value.code == 143 and [run.done() for run in runs] == [True, False]
 
 
@@ -350,7 +350,7 @@ def test_a_failed_run_does_not_stop_the_sweep(settings, capsys):
     runs = [train.Run(mlp.EXPERIMENT, replace(settings, seed=i)) for i in range(3)]
     runs[1].folder.mkdir(parents=True)
     (runs[1].folder / "checkpoint.npz").write_bytes(b"nonsense")
-    assert train.sweep(runs, worker=True) == 1
+    assert train.sweep(runs, bar=False) == 1
     assert [run.done() for run in runs] == [True, False, True]
     assert "checkpoint.npz is damaged" in capsys.readouterr().err
 

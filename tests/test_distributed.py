@@ -1,0 +1,400 @@
+"""Several ranks: the same training as one process, sweeps shared out, ranks that fail, are told to stop or die.
+
+Run by mpirun with the name of one of the jobs below, this file is what each rank does.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import distributed  # noqa: E402
+import exp_mlp_mnist as mlp  # noqa: E402
+import exp_resnet_cifar as resnet  # noqa: E402
+import nn  # noqa: E402
+import train  # noqa: E402
+
+BESIDE = str(Path(sys.executable).parent)  # where pip puts the mpirun of a wheel
+MPIRUN = shutil.which("mpirun", path=os.pathsep.join((BESIDE, os.environ.get("PATH", ""))))
+ENV = dict(os.environ, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1",
+           OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe")
+
+
+def has_mpi():
+    words = [sys.executable, "-c", "import mpi4py.MPI"]
+    return MPIRUN is not None and subprocess.run(words, capture_output=True).returncode == 0
+
+
+with_mpi = pytest.mark.skipif(not has_mpi(), reason="no mpirun or no mpi4py: pip install -r requirements-mpi.txt")
+
+# ---------------------------------------------------------------------------------------------- what ranks do
+
+
+def digits(classes=10, side=28, channels=1):
+    """A data set small enough to be made in each process."""
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (300, channels, side, side), np.uint8)
+    labels = rng.integers(0, classes, 300)
+    return data.normalized("synthetic", classes, (images[:220], labels[:220]), (images[220:], labels[220:]), 0.5, 0.3)
+
+
+MLP = replace(mlp.EXPERIMENT, load=lambda s: digits().limited(s.limit) if s.limit else digits())
+RESNET = replace(resnet.EXPERIMENT, load=lambda s: digits(side=32, channels=3).limited(s.limit).augmented(4, True))
+
+
+def job_mlp(*argv):
+    return train.main(MLP, argv)
+
+
+def job_resnet(*argv):
+    return train.main(RESNET, argv)
+
+
+def job_slow(*argv):
+    """An MLP whose steps take a while; each rank leaves its process number in the folder OUT."""
+    out, real = Path(argv[argv.index("--out") + 1]), train.train_step
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"rank{distributed.world().rank}").write_text(str(os.getpid()))
+
+    def step(*args):
+        time.sleep(0.01)
+        return real(*args)
+
+    train.train_step = step
+    return train.main(MLP, argv)
+
+
+def job_uneven(*argv):
+    """Rank 1 draws other weights."""
+    def build(s, dataset):
+        model = mlp.build(s, dataset)
+        model[1].weight.data[0, 0] += distributed.world().rank == 1
+        return model
+
+    return train.main(replace(MLP, build=build), argv)
+
+
+def job_raises(where, *argv):
+    """Rank 1 meets an error while data is loaded, or an unexpected one in a step."""
+    real, rank = train.train_step, distributed.world().rank
+
+    def load(s):
+        if rank == 1 and where == "load":
+            raise data.DataError("the disk of rank 1 is empty")
+        return MLP.load(s)
+
+    def step(*args):
+        if rank == 1 and where == "step":
+            raise ZeroDivisionError("something unexpected")
+        return real(*args)
+
+    train.train_step = step
+    return train.main(replace(MLP, load=load), argv)
+
+
+def job_faulty_sweep(*argv):
+    """The run of width 20 fails unexpectedly, whichever rank has it."""
+    def build(s, dataset):
+        if s.width == 20:
+            raise ZeroDivisionError("width 20")
+        return mlp.build(s, dataset)
+
+    return train.main(replace(MLP, build=build), argv)
+
+
+def job_average(path):
+    """Gradients and running estimates of random size, some only where weights are kept; saved beside their mean."""
+    ranks, rng = distributed.world(), np.random.default_rng(distributed.world().rank)
+    distributed.BUCKET = 1000  # many buckets, some of one array
+    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm2d(30), nn.Linear(30, 7), nn.Linear(50, 60))
+    mask = np.zeros((60, 50), bool)
+    mask[::7, ::9] = True
+    model[3].weight.set_mask(mask)
+    model[1].running_var = np.ones(30)  # another type in between
+    for i, p in enumerate(model.parameters()):
+        if i != 2 or ranks.rank != 1:
+            p.accumulate(rng.standard_normal(p.shape).astype(p.dtype))
+    model[2].weight.grad = np.asfortranarray(model[2].weight.grad)
+    for array in (model[1].running_mean, model[1].running_var):
+        array += rng.standard_normal(array.shape)
+    weight = (ranks.rank + 1) / (ranks.size * (ranks.size + 1) / 2)
+
+    def values():
+        grads = [np.zeros(p.shape) if p.grad is None else p.grad.copy() for p in model.parameters()]
+        return grads + [a.copy() for _, a in model.named_arrays(np.ndarray)]
+
+    before = values()
+    ranks.average(model, weight)
+    np.savez(f"{path}{ranks.rank}.npz", *before, *values(), weight=weight)
+
+
+def job_hand_out(path, count):
+    ranks, mine = distributed.world(), []
+    for number in ranks.hand_out(int(count)):
+        mine.append(number)
+        time.sleep(0.001 + 0.02 * (ranks.rank == 1))
+    Path(f"{path}{ranks.rank}").write_text(json.dumps(mine))
+    assert ranks.sum_when_ready(len(mine)) == int(count)
+
+
+def job_cores():
+    from threadpoolctl import threadpool_info
+
+    world = distributed.world()
+    threads = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    sys.stdout.write(f"threads {world.local.size} {threads}\n")
+
+
+# ---------------------------------------------------------------------------------------------- the same training
+
+
+def start(ranks, job, *words, **env):
+    command = [MPIRUN, "-n", str(ranks), sys.executable, __file__, job, *map(str, words)]
+    return subprocess.Popen(command, env=ENV | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(ranks, job, *words, expect=0, **env):
+    """The job on so many ranks; (output, errors)."""
+    process = start(ranks, job, *words, **env)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == expect, out + errors
+    return out, errors
+
+
+def flags(out, **settings):
+    """Command line words; out: the folder of runs."""
+    settings = dict(data="synthetic", out=out) | settings
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def checkpoint(out):
+    """(arrays of the one run in this folder, all columns of its log but seconds)"""
+    path, = Path(out).rglob("checkpoint.npz")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    log = np.genfromtxt(path.with_name("log.csv"), delimiter=",", names=True)
+    return arrays, np.stack([log[name] for name in train.COLUMNS[:-1]])
+
+
+def assert_same(one, other, atol):
+    assert one[0].keys() == other[0].keys()
+    for name, array in one[0].items():
+        if name.startswith(("model.", "optimizer.")):
+            np.testing.assert_allclose(other[0][name], array, atol=atol, rtol=0, err_msg=name)
+    np.testing.assert_allclose(other[1], one[1], atol=1e-5, rtol=1e-5)
+
+
+@with_mpi
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ten_steps_are_those_of_one_process(tmp_path, ranks):
+    """No BatchNorm, masks of low density, a last batch of 3 examples: fewer than ranks."""
+    words = dict(width=300, epochs=2, limit=203, batch=50)
+    assert train.main(MLP, flags(tmp_path / "1", **words)) == 0
+    run(ranks, "mlp", *flags(tmp_path / "n", **words))
+    one, several = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "n")
+    assert one[1].shape == (6, 2) and one[0]["model.1.weight.mask"].sum() == 3970 - one[0]["model.3.weight.mask"].sum()
+    assert_same(one, several, atol=1e-6)
+    mask = several[0]["model.1.weight.mask"]
+    assert not several[0]["model.1.weight"][~mask].any()
+
+
+def emulated(s, ranks):
+    """The network after training in one process that takes the part of each rank in turn."""
+    dataset = RESNET.load(s)
+    model = resnet.build(s, dataset)
+    optimizer = RESNET.optimizer(s, model.parameters())
+    estimates = dict(model.named_arrays(np.ndarray))
+    for epoch in range(s.epochs):
+        optimizer.lr = resnet.schedule(s)(epoch)
+        parts = [dataset.train_batches(s.batch, s.seed, epoch, part=(rank, ranks)) for rank in range(ranks)]
+        for batches in zip(*parts):
+            whole = sum(len(labels) for _, labels in batches)
+            before = {name: array.copy() for name, array in estimates.items()}
+            after = {name: np.zeros_like(array) for name, array in estimates.items()}
+            grads = [0] * len(optimizer.params)
+            for x, labels in batches:
+                for name, array in estimates.items():
+                    array[...] = before[name]
+                nn.cross_entropy(model(nn.Tensor(x.copy())), labels).backward()
+                for name, array in estimates.items():
+                    after[name] += array * (len(labels) / whole)
+                grads = [g + p.grad * (len(labels) / whole) for g, p in zip(grads, optimizer.params)]
+                optimizer.zero_grad()
+            for name, array in estimates.items():
+                array[...] = after[name]
+            for g, p in zip(grads, optimizer.params):
+                p.grad = g.astype(np.float32)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.state_dict()
+
+
+@with_mpi
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ten_steps_with_batchnorm_use_the_statistics_of_each_rank(tmp_path, ranks):
+    words = dict(width=3, base_width=2, epochs=1, limit=156, batch=16, lr=1e-3, schedule="constant")
+    run(ranks, "resnet", *flags(tmp_path, **words))
+    arrays, _ = checkpoint(tmp_path)
+    settings, _ = train.parse(RESNET, flags(tmp_path, **words))
+    start = resnet.build(settings, digits()).state_dict()
+    for name, array in emulated(settings, ranks).items():  # at larger rates rounding grows a thousandfold a step
+        moved = np.abs(array * 1.0 - start[name]).max()
+        np.testing.assert_allclose(arrays[f"model.{name}"], array, atol=max(1e-7, 1e-3 * moved), rtol=0, err_msg=name)
+
+
+@with_mpi
+def test_means_over_ranks(tmp_path):
+    run(3, "average", tmp_path / "rank")
+    files = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(3)]
+    n = (len(files[0].files) - 1) // 2
+    for i in range(n):
+        mean = sum(f[f"arr_{i}"] * f["weight"] for f in files)
+        for f in files:
+            np.testing.assert_allclose(f[f"arr_{i + n}"], mean, atol=1e-6)
+            assert np.array_equal(f[f"arr_{i + n}"], files[0][f"arr_{i + n}"])  # to the bit on all ranks
+
+
+def test_shares_of_all_ranks_are_the_batches():
+    for count, batch, ranks in ((203, 50, 1), (203, 50, 4), (7, 3, 5)):
+        parts = [list(data.shares(count, batch, 1, (rank, ranks))) for rank in range(ranks)]
+        for number, slices in enumerate(zip(*parts), start=1):
+            whole = [i for s in slices for i in range(count)[s]]
+            assert whole == list(range(number * batch, min(count, (number + 1) * batch)))
+            assert max(s.stop - s.start for s in slices) - min(s.stop - s.start for s in slices) <= 1
+    dataset = digits().augmented(2, True)
+    whole = [(x.copy(), y.copy()) for x, y in dataset.train_batches(64, 3, 1)]
+    parts = [[(x.copy(), y.copy()) for x, y in dataset.train_batches(64, 3, 1, part=(rank, 3))] for rank in range(3)]
+    for (x, y), *shares in zip(whole, *parts):
+        assert np.array_equal(x, np.concatenate([s[0] for s in shares]))
+        assert np.array_equal(y, np.concatenate([s[1] for s in shares]))
+
+
+# ---------------------------------------------------------------------------------------------- cuts and failures
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+@with_mpi
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGKILL, None)])
+def test_a_rank_that_is_stopped_or_dies_ends_the_job_and_other_ranks_go_on_from_its_checkpoint(tmp_path, sent, code):
+    """SIGTERM to rank 1 alone saves on rank 0; after SIGKILL the last checkpoint is good. Then 3 ranks, then 1."""
+    words = dict(width=12, epochs=40, limit=200, batch=20, save_every=0)
+    uncut = replace(train.parse(MLP, flags(tmp_path / "1", **words))[0])
+    assert train.main(MLP, flags(tmp_path / "1", **words)) == 0
+    steps = []
+    for ranks in (2, 3):
+        pid, saved = tmp_path / "n" / "rank1", len(list((tmp_path / "n").rglob("checkpoint.npz")))
+        pid.unlink(missing_ok=True)
+        process = start(ranks, "slow", *flags(tmp_path / "n", **words))
+        wait_for(lambda: pid.exists() and len(list((tmp_path / "n").rglob("log.csv"))) >= max(saved, 1), process)
+        time.sleep(0.3)
+        os.kill(int(pid.read_text()), sent)
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode == code if code else process.returncode != 0, out + errors
+        assert not list((tmp_path / "n").rglob("result.json"))
+        if code:
+            assert len(re.findall("the same command goes on from here", errors + out)) == 1
+        arrays, _ = checkpoint(tmp_path / "n")
+        steps.append(10 * arrays["progress.epoch"] + arrays["progress.step"])
+    assert 0 < steps[0] < steps[1] < 400
+    assert train.main(MLP, flags(tmp_path / "n", **words)) == 0
+    assert_same(checkpoint(tmp_path / "1"), checkpoint(tmp_path / "n"), atol=1e-5)
+    assert train.Run(MLP, uncut).done()
+
+
+@with_mpi
+def test_ranks_with_other_weights_are_refused(tmp_path):
+    _, errors = run(3, "uneven", *flags(tmp_path, width=12, epochs=1), expect=2)
+    assert "before training the network of rank 1 is not that of rank 0; all ranks need the same versions" in errors
+    assert "Traceback" not in errors and not list(tmp_path.rglob("checkpoint.npz"))
+
+
+@with_mpi
+@pytest.mark.parametrize("where, code, says", [("load", 2, "the disk of rank 1 is empty"),
+                                               ("step", 1, "ZeroDivisionError: something unexpected")])
+def test_a_rank_that_fails_ends_the_job_with_its_reason(tmp_path, where, code, says):
+    _, errors = run(2, "raises", where, *flags(tmp_path, width=12, epochs=1), expect=code)
+    assert errors.count(says) == 1
+
+
+@with_mpi
+def test_what_is_wrong_for_all_ranks_is_said_once(tmp_path):
+    for words in (["--width", "0"], ["--wdth", "3"], ["--last", "2"]):
+        out, errors = run(4, "mlp", *flags(tmp_path), *words, expect=2)
+        assert errors.count("exp_mlp_mnist.py: ") == 1 and "Traceback" not in errors
+    out, _ = run(3, "mlp", "--help")
+    assert out.count("figures and sweeps") == 1
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+
+
+@with_mpi
+def test_every_number_is_handed_out_once(tmp_path):
+    run(4, "hand_out", tmp_path / "rank", 60)
+    shares = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(4)]
+    assert sorted(sum(shares, [])) == list(range(60)) and all(share == sorted(share) for share in shares)
+    assert len(shares[1]) < 15 < max(map(len, shares)) and min(map(len, shares)) > 0  # the slow rank gets fewer
+
+
+@with_mpi
+def test_a_sweep_is_shared_out_and_a_failed_run_is_recorded(tmp_path):
+    words = [*flags(tmp_path, epochs=1, limit=100, seeds=1), "--sweep", "width"]
+    out, errors = run(3, "faulty_sweep", *words, expect=1)
+    names = re.findall(r"\[\d+/13\] (\S+): test", out)
+    failures = re.findall(r"(\S+): ZeroDivisionError: width 20", errors)
+    assert len(set(names)) == len(names) == 11 and len(set(failures)) == len(failures) == 2, out + errors
+    out, _ = run(2, "faulty_sweep", "--list", "width", *words[:-2])
+    assert out.count("failed: ZeroDivisionError: width 20") == 2 and out.count("11 of 13 runs are done") == 1
+    failed = json.loads(next(tmp_path.rglob("failed.json")).read_text())
+    assert "in build" in "".join(failed["traceback"])
+    out, _ = run(2, "mlp", *words)  # what made them fail is mended
+    assert len(re.findall(r"\[\d+/13\] (\S+): test", out)) == 2 and not list(tmp_path.rglob("failed.json"))
+
+
+# ---------------------------------------------------------------------------------------------- without MPI
+
+
+def test_one_process_needs_no_mpi4py(tmp_path):
+    code = "import sys, distributed; distributed.world(); assert 'mpi4py' not in sys.modules"
+    for size in ({}, {"PMI_SIZE": "1"}):
+        subprocess.run([sys.executable, "-c", code], env=ENV | size, cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("stub, says", [
+    ("raise ImportError('no module')", "2 processes were started to work together, but mpi4py cannot be used"),
+    ("class MPI:\n class COMM_WORLD:\n  size = 1", "2 processes were started, but MPI connects 1 of them")])
+def test_processes_that_mpi_does_not_connect_are_refused(tmp_path, stub, says):
+    (tmp_path / "mpi4py.py").write_text(stub)
+    done = subprocess.run([sys.executable, ROOT / "exp_mlp_mnist.py", "--quick"], capture_output=True, text=True,
+                          env=ENV | {"PMI_SIZE": "2", "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@with_mpi
+def test_ranks_share_the_cores_of_a_machine():
+    env = {name: "" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    out, _ = run(2, "cores", **env)
+    assert out.count(f"threads 2 {{{max(1, os.cpu_count() // 2)}}}\n") == 2
+
+
+if __name__ == "__main__":
+    sys.exit(globals()[f"job_{sys.argv[1]}"](*sys.argv[2:]))
