@@ -3,15 +3,22 @@
     python tests/bench.py mlp       a training step of the MLP beside PyTorch's (2.13, CPU)
     python tests/bench.py resnet    a training step of ResNet-18 beside PyTorch's; --layers: layer by layer
     python tests/bench.py kernel    the sparse kernel's methods; the infinite kernel beside neural-tangents' (JAX, CPU)
+    python tests/bench.py loader [FOLDER]    training crops of photographs a second, by threads; of FOLDER's JPEGs
+    python tests/bench.py allreduce          ResNet-18 on two ranks: the time to average gradients, scaling efficiency
+    python tests/bench.py imagenet           a training step at 224 x 224, and the arithmetic of Table 1
 
 Each implementation runs in a process of its own. `mlp` gives each 1 and 2 threads, alternates rounds between all and
 takes the best time of each; `resnet` gives each all cores. NEURAL_TANGENTS=PYTHON names the Python of an environment
 that has neural-tangents.
 """
 
+import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -125,17 +132,22 @@ IMPLEMENTATIONS = ("ours", "NCHW", "channels_last")  # the last two are PyTorch'
 def resnet_ours(width):
     """The training step of exp_resnet_cifar.py on one batch."""
     sys.path.insert(0, str(ROOT))
+    import exp_resnet_cifar
+
+    return training_step(exp_resnet_cifar.ResNet18(width), RESNET_BATCH, 32)
+
+
+def training_step(model, batch, side):
+    """A function that trains this network for one step on a random batch of images."""
     import numpy as np
 
-    import exp_resnet_cifar
     import nn
     import train
 
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((RESNET_BATCH, 3, 32, 32), np.float32), rng.integers(0, 10, RESNET_BATCH)
-    model = exp_resnet_cifar.ResNet18(width)
+    x, y = rng.standard_normal((batch, 3, side, side), np.float32), rng.integers(0, 10, batch)
     optimizer = nn.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    return lambda: train.train_step(model, optimizer, x, y)
+    return lambda *ranks: train.train_step(model, optimizer, x, y, *ranks)
 
 
 def resnet_pytorch(width, memory_format):
@@ -240,7 +252,6 @@ def resnet_worker(name, width, layers):
     """Answer every line on standard input with the least seconds of a step and the peak memory in MB, or with the
     seconds of every layer.
     """
-    import json
     import resource
 
     steps = layer_steps(name, width) if layers else {"step": resnet_step(name, width)}
@@ -252,8 +263,6 @@ def resnet_worker(name, width, layers):
 
 def resnet(layers):
     import importlib.util
-    import json
-
     if importlib.util.find_spec("torch") is None:
         sys.exit("PyTorch is not here to compare with: pip install torch==2.13.0")
     what = "all gradients of each convolution" if layers else "a training step"
@@ -357,13 +366,140 @@ def kernel():
         print(f"infinite kernel, 10,000 x 10,000 in float32, {text}: {ours:.2f} s, {ratio}")
 
 
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+def loader(folder=None):
+    """Training crops of 224 x 224 a second; without a folder, of drawn JPEGs of ImageNet's most common size."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    from PIL import Image
+
+    import photos
+
+    with tempfile.TemporaryDirectory() as tree:
+        for half in ("train", "val"):
+            Path(tree, half, "class").mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        sources = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in photos.SUFFIXES) if folder else []
+        for i, source in enumerate(sources or range(100)):
+            for half in ("train", "val"):
+                path = Path(tree, half, "class", f"{i:04}.jpg")
+                if folder:
+                    path.symlink_to(source.resolve())
+                elif half == "train":
+                    coarse = rng.integers(0, 256, (47, 63, 3), np.uint8)
+                    image = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+                    image += rng.normal(0, 10, image.shape)
+                    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+                else:
+                    path.symlink_to(Path(tree, "train", "class", path.name))
+        count = len(list(Path(tree, "train", "class").iterdir()))
+        print(f"{count} photographs{f' of {folder}' if folder else ', drawn'}, {os.cpu_count()} cores")
+        for threads in (1, 2, 4):
+            dataset = photos.of_tree("bench", tree, 224, threads)
+            rates = []
+            for epoch in range(6):
+                begin = time.perf_counter()
+                for _ in dataset.train_batches(32, seed=0, epoch=epoch):
+                    pass
+                rates.append(count / (time.perf_counter() - begin))
+            cores = min(threads, os.cpu_count())
+            print(f"{threads} threads: {max(rates):6.0f} training crops a second, {max(rates) / cores:6.0f} a core",
+                  flush=True)
+
+
+IMAGENET_BATCH, IMAGENET_WIDTHS, IMAGENET_EPOCHS, IMAGENET_IMAGES = 16, (64, 90, 128, 181, 256), 150, 1_281_167
+ASSUMED = 75e12, 300e12  # products and sums a second of one H100 in mixed precision: 8 and 30 % of its peak
+
+
+def imagenet_operations(width, side=224, classes=1000):
+    """Products and sums of a training step for one image: forward, and twice that for the two gradients."""
+    total, channels_in, side = 7 * 7 * 3 * width * (side // 2) ** 2, width, side // 4
+    for stage in range(4):
+        channels = width << stage
+        side //= 2 if stage else 1
+        total += (9 * channels_in * channels + 27 * channels**2 + (channels_in * channels if stage else 0)) * side**2
+        channels_in = channels
+    return 6 * (total + channels_in * classes)
+
+
+def imagenet():
+    sys.path.insert(0, str(ROOT))
+    import exp_resnet_imagenet
+
+    print(f"ResNet-18 at 224 x 224, {os.cpu_count()} cores, dense, batch {IMAGENET_BATCH}; hours for {IMAGENET_EPOCHS} "
+          f"epochs of ImageNet if one H100 did {' or '.join(f'{a / 1e12:.0f}' for a in ASSUMED)} TFLOP/s")
+    print(f"{'width':>5} {'GFLOP an image':>14} {'step, s':>8} {'images/s':>8} {'GFLOP/s':>8} {'one H100, hours':>22}"
+          f"{'eight':>16}")
+    for width in IMAGENET_WIDTHS:
+        flop, measured = imagenet_operations(width), ""
+        if width <= 128:  # wider ones need more memory than a small machine has
+            step = training_step(exp_resnet_imagenet.ResNet18(width), IMAGENET_BATCH, 224)
+            step()
+            seconds = best(step, 3)
+            measured = (f"{seconds:8.2f} {IMAGENET_BATCH / seconds:8.1f} "
+                        f"{IMAGENET_BATCH * flop / seconds / 1e9:8.0f}")
+        hours = [flop * IMAGENET_IMAGES * IMAGENET_EPOCHS / speed / 3600 for speed in ASSUMED]
+        print(f"{width:5} {flop / 1e9:14.1f} {measured or 26 * ' '} {hours[0]:13.0f} to {hours[1]:5.0f} "
+              f"{hours[0] / 8:7.1f} to {hours[1] / 8:5.1f}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+
+
+def allreduce_worker(width):
+    """On rank 0: print the seconds of a step on this rank's part of the batch, and of averaging alone."""
+    sys.path.insert(0, str(ROOT))
+    import distributed
+    import exp_resnet_cifar
+    import nn
+
+    ranks = distributed.world()
+    model = exp_resnet_cifar.ResNet18(width)
+    nn.initialize(model, seed=0)
+    step = training_step(model, RESNET_BATCH // ranks.size, 32)
+    step(ranks, 1 / ranks.size)
+    timed = []
+    for work in (lambda: step(ranks, 1 / ranks.size), lambda: ranks.average(model, 1 / ranks.size)):
+        rounds = []
+        for _ in range(5):
+            ranks.broadcast(None)
+            begin = time.perf_counter()
+            work()
+            rounds.append(time.perf_counter() - begin)
+        timed.append(min(rounds))
+    if ranks.rank == 0:
+        print(json.dumps(timed))
+
+
+def allreduce():
+    mpirun = shutil.which("mpirun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    env = dict(os.environ, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+    print(f"ResNet-18 on 32 x 32, batch {RESNET_BATCH} in all, a thread each; milliseconds a step on one and two ranks")
+    print("width   one rank  two ranks  efficiency   averaging alone")
+    for width in RESNET_WIDTHS:
+        best = {}
+        for ranks in (1, 2, 1, 2):
+            done = subprocess.run([mpirun, "-n", str(ranks), sys.executable, __file__, "allreduce-worker", str(width)],
+                                  env=env, text=True, capture_output=True, check=True)
+            best[ranks] = [min(pair) for pair in zip(json.loads(done.stdout), best.get(ranks, [math.inf] * 2))]
+        (one, _), (two, averaging) = ([1000 * t for t in best[ranks]] for ranks in (1, 2))
+        print(f"{width:5} {one:10.0f} {two:10.0f} {one / two / 2:11.2f} {averaging:10.1f} ({averaging / two:.1%})",
+              flush=True)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] in (["mlp"], ["kernel"]):
-        {"mlp": mlp, "kernel": kernel}[sys.argv[1]]()
+    if sys.argv[1:] in (["mlp"], ["kernel"], ["allreduce"], ["imagenet"]):
+        {"mlp": mlp, "kernel": kernel, "allreduce": allreduce, "imagenet": imagenet}[sys.argv[1]]()
+    elif sys.argv[1:2] == ["loader"] and len(sys.argv) <= 3:
+        loader(*sys.argv[2:])
     elif sys.argv[1:] in (["resnet"], ["resnet", "--layers"]):
         resnet("--layers" if len(sys.argv) == 3 else "")
     elif len(sys.argv) == 5 and sys.argv[1] == "resnet-worker":
         resnet_worker(sys.argv[2], int(sys.argv[3]), bool(sys.argv[4]))
+    elif len(sys.argv) == 3 and sys.argv[1] == "allreduce-worker":
+        allreduce_worker(int(sys.argv[2]))
     elif len(sys.argv) == 3 and sys.argv[1] == "kernel-worker":
         kernel_worker(sys.argv[2])
     elif len(sys.argv) == 4 and sys.argv[1] == "worker":
