@@ -16,7 +16,9 @@ also trains the sparse and the plain networks: their runs are shared.
 import sys
 from dataclasses import dataclass, replace
 
+import command
 import exp_resnet_cifar as resnet
+import figures
 import nn
 import train
 from exp_resnet_cifar import (
@@ -30,7 +32,8 @@ from exp_resnet_cifar import (
     title,
     weights_of,
 )
-from train import over_seeds, setting, subject
+from figures import over_seeds, subject
+from train import setting
 
 BASES, WIDTHS = (8, 12, 18), (8, 12, 18, 32, 40, 64)
 
@@ -194,7 +197,7 @@ EXPERIMENT = train.Experiment(
     build=build,
     optimizer=resnet.EXPERIMENT.optimizer,
     schedule=resnet.schedule,
-    figures={"fig3": train.Figure("accuracy over width of linear and non-linear bottlenecks, and of sparse networks",
+    figures={"fig3": figures.Figure("accuracy over width of linear and non-linear bottlenecks, and of sparse networks",
                                   fig3_runs, fig3_draw, notes=lambda s: list(too_wide(s)))},
     figures_ignore=resnet.FIGURES_IGNORE,
     quick=dict(epochs=3, limit=1000, held_out=500, seeds=1, jobs=2, base_width=8, bases="8", widths="12"),
@@ -204,4 +207,4 @@ EXPERIMENT = train.Experiment(
 )
 
 if __name__ == "__main__":
-    sys.exit(train.main(EXPERIMENT))
+    sys.exit(command.main(EXPERIMENT))

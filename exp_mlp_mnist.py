@@ -18,11 +18,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
+import command
 import data
+import figures
 import kernels
 import nn
 import train
-from train import over_seeds, percent, setting, shown, subject
+from figures import over_seeds, shown, subject
+from train import percent, setting
 
 INPUTS, CLASSES = 784, 10  # of every data set here: 28 x 28 pixels, ten digits
 
@@ -428,14 +431,14 @@ EXPERIMENT = train.Experiment(
     optimizer=lambda s, params: nn.SGD(params, s.lr),
     schedule=lambda s: nn.ConstantLR(s.lr),
     figures={
-        "width": train.Figure("accuracy over width at a fixed number of weights", width_runs, width_draw),
-        "fig5": train.Figure("accuracy over width and last-layer connectivity at the base's number of weights",
+        "width": figures.Figure("accuracy over width at a fixed number of weights", width_runs, width_draw),
+        "fig5": figures.Figure("accuracy over width and last-layer connectivity at the base's number of weights",
                              fig5_runs, fig5_draw, fig5_paper),
-        "fig8": train.Figure("dense and sparse accuracy over width at 6,352 weights, NTK parameterisation", fig8_runs,
+        "fig8": figures.Figure("dense and sparse accuracy over width at 6,352 weights, NTK parameterisation", fig8_runs,
                              fig8_draw),
-        "fig8b": train.Figure("kernel distance at initialisation and test error over width at 6,352 weights",
+        "fig8b": figures.Figure("kernel distance at initialisation and test error over width at 6,352 weights",
                               fig8b_runs, fig8b_draw, compute=fig8b_compute),
-        "fig8_lr": train.Figure("learning rates for fig8, chosen on held-out training images", fig8_lr_runs,
+        "fig8_lr": figures.Figure("learning rates for fig8, chosen on held-out training images", fig8_lr_runs,
                                 fig8_lr_draw),
     },
     quick=dict(epochs=30, seeds=1, jobs=2),
@@ -444,4 +447,4 @@ EXPERIMENT = train.Experiment(
 )
 
 if __name__ == "__main__":
-    sys.exit(train.main(EXPERIMENT))
+    sys.exit(command.main(EXPERIMENT))

@@ -18,10 +18,13 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+import command
 import data
+import figures
 import nn
 import train
-from train import over_seeds, setting, shown, subject
+from figures import over_seeds, shown, subject
+from train import setting
 
 EPOCHS, MILESTONES = 300, (50, 120, 200)
 BASES, WIDTHS = (8, 12, 18, 40, 64), (8, 12, 18, 32, 40, 64, 90, 128)
@@ -436,8 +439,8 @@ def fig10_draw(points, metric):
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    figure.suptitle(f"Figure 10. ResNet-18, {train.TITLES[first.data]}: weights by layer at {budget(first):,} weights "
-                    f"(base {first.base_width}), {first.how}"
+    figure.suptitle(f"Figure 10. ResNet-18, {figures.TITLES[first.data]}: weights by layer at {budget(first):,} "
+                    f"weights (base {first.base_width}), {first.how}"
                     + (", whole kernels" if points[-1].settings.io_only else ""), fontsize=10)
     return figure, summary
 
@@ -454,16 +457,16 @@ EXPERIMENT = train.Experiment(
     optimizer=lambda s, params: nn.SGD(params, s.lr, s.momentum, s.weight_decay),
     schedule=schedule,
     figures={
-        "fig1": train.Figure("sparse and dense accuracy over width", fig7_runs, fig1_draw, paper, notes=stated_by),
-        "fig6": train.Figure("accuracy over width at each base's number of weights (with Figure 11's error bars)",
+        "fig1": figures.Figure("sparse and dense accuracy over width", fig7_runs, fig1_draw, paper, notes=stated_by),
+        "fig6": figures.Figure("accuracy over width at each base's number of weights (with Figure 11's error bars)",
                              fig6_runs, family_draw, paper, notes=stated_by),
-        "fig7": train.Figure("part of the dense improvement that width alone gives", fig7_runs, fig7_draw, paper,
+        "fig7": figures.Figure("part of the dense improvement that width alone gives", fig7_runs, fig7_draw, paper,
                              notes=stated_by),
-        "fig9": train.Figure("masks of whole kernels beside masks of single weights", fig9_runs, fig9_draw, paper,
+        "fig9": figures.Figure("masks of whole kernels beside masks of single weights", fig9_runs, fig9_draw, paper,
                              notes=stated_by),
-        "fig10": train.Figure("kept weights by layer", fig10_runs, fig10_draw, trained=False),
-        "fig12": train.Figure("Figure 6 over connectivity", fig6_runs, fig12_draw, paper, notes=stated_by),
-        "fig14": train.Figure("training accuracy of Figure 6 (the mean over an epoch's augmented batches)", fig6_runs,
+        "fig10": figures.Figure("kept weights by layer", fig10_runs, fig10_draw, trained=False),
+        "fig12": figures.Figure("Figure 6 over connectivity", fig6_runs, fig12_draw, paper, notes=stated_by),
+        "fig14": figures.Figure("training accuracy of Figure 6 (the mean over an epoch's augmented batches)", fig6_runs,
                               fig14_draw, quantity="train_acc"),
     },
     figures_ignore=FIGURES_IGNORE,
@@ -474,4 +477,4 @@ EXPERIMENT = train.Experiment(
 )
 
 if __name__ == "__main__":
-    sys.exit(train.main(EXPERIMENT))
+    sys.exit(command.main(EXPERIMENT))

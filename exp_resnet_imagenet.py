@@ -16,12 +16,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import command
 import exp_resnet_cifar as resnet
+import figures
 import nn
 import photos
 import train
 from exp_resnet_cifar import axes_over_width, departures, layer_sizes, lines, plot_line, title, weights_of
-from train import over_seeds, setting, subject
+from figures import over_seeds, subject
+from train import setting
 
 WIDTHS = (64, 90, 128, 181, 256)
 DENSE = dict(zip(WIDTHS, (68.03, 69.11, 70.22, 70.91, 71.89)))  # the paper's Table 1, per cent
@@ -171,10 +174,10 @@ EXPERIMENT = train.Experiment(
     optimizer=resnet.EXPERIMENT.optimizer,
     schedule=resnet.schedule,
     figures={
-        "table1": train.Figure("Table 1 and Figure 13: sparse and dense accuracy over width", table1_runs, table1_draw,
-                               paper),
-        "fig1": train.Figure("sparse and dense accuracy over width", table1_runs, resnet.fig1_draw, paper),
-        "fig7": train.Figure("part of the dense improvement that width alone gives", table1_runs, fig7_draw, paper),
+        "table1": figures.Figure("Table 1 and Figure 13: sparse and dense accuracy over width", table1_runs,
+                                 table1_draw, paper),
+        "fig1": figures.Figure("sparse and dense accuracy over width", table1_runs, resnet.fig1_draw, paper),
+        "fig7": figures.Figure("part of the dense improvement that width alone gives", table1_runs, fig7_draw, paper),
     },
     figures_ignore=resnet.FIGURES_IGNORE,
     quick=dict(data="synthetic", size=64, images=100, batch=64, epochs=3, seeds=1, jobs=2, lr=0.05, base_width=8,
@@ -186,4 +189,4 @@ EXPERIMENT = train.Experiment(
 )
 
 if __name__ == "__main__":
-    sys.exit(train.main(EXPERIMENT))
+    sys.exit(command.main(EXPERIMENT))

@@ -1,14 +1,11 @@
-"""Runs, sweeps and figures: everything around a network that does not depend on which experiment it is.
+"""Runs and sweeps: how one network is trained, recorded and continued, and many of them.
 
 One run fits a network, records every epoch, survives being cut at any moment and goes on bit for bit where it
-stopped. A sweep trains all runs of a figure that are not done yet, with as many processes as wanted. A figure is
-drawn from what is on disk. An experiment script describes itself with Settings, Figures and an Experiment and
-calls main(); its command line follows from that.
+stopped. A sweep trains all runs of a figure that are not done yet, with as many processes as wanted.
 
     OUT/<experiment>/<data set>/<run>/  config.json  log.csv  checkpoint.npz  result.json (last: the run is done)
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -24,7 +21,7 @@ import sys
 import time
 import traceback
 import typing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +30,9 @@ from tqdm import tqdm
 import data
 import distributed
 import nn
+from files import FileFault, as_json, hold, load_arrays, read_json, remove_leftovers, save_arrays, write_whole
 
 ROOT = Path(__file__).resolve().parent
-RECORDS = ROOT / "results"
 LOOK_EVERY = 0.5  # seconds between looks at loss and accuracy (on a GPU each look waits for it)
 
 
@@ -43,7 +40,8 @@ class UsageError(Exception):
     """Something the user asked for that cannot be done; the message is one sentence."""
 
 
-EXPECTED = UsageError, data.DataError, distributed.JobError  # errors whose message says all that there is to say
+# errors whose message says all that there is to say
+EXPECTED = UsageError, FileFault, data.DataError, distributed.JobError
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -110,104 +108,6 @@ class Settings:
         return " ".join(["python", script, *self.flags(always=self.ALWAYS_NAMED)])
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes on the command line end in one sentence and exit code 2; of several ranks the first says it."""
-
-    def _print_message(self, message, file=None):
-        if distributed.world().rank == 0:
-            super()._print_message(message, file)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def parse(experiment, argv):
-    """The command line as (Settings, namespace of what to do with them)."""
-    parser = Parser(prog=experiment.script, description=experiment.description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ", ".join(experiment.figures)
-    todo = parser.add_argument_group(f"figures and sweeps (FIGURE is one of {names})")
-    todo.add_argument("--sweep", metavar="FIGURE", help="train every run of a figure that is not done yet")
-    todo.add_argument("--list", metavar="FIGURE", help="name the runs of a figure and say which are done")
-    todo.add_argument("--plot", metavar="FIGURE", help="draw a figure from what is done and print its table")
-    todo.add_argument("--metric", choices=("best", "final"), default="best",
-                      help="figures show the best test accuracy over epochs (the paper's protocol) or the final one")
-    todo.add_argument("--record", action="store_true", help="with --plot: keep picture and numbers in results/")
-    todo.add_argument("--quick", action="store_true", help=f"a small version: {experiment.quick_help}")
-    todo.add_argument("--dry-run", action="store_true",
-                      help="only say what would be trained, and estimate time, memory and disk")
-    for action, (help, _) in experiment.actions.items():
-        todo.add_argument(f"--{action}", action="store_true", help=help)
-    todo.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a process of --jobs
-    group = parser.add_argument_group("settings")
-    types = typing.get_type_hints(experiment.settings)
-    for f in fields(experiment.settings):
-        kind = types[f.name]
-        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # float | None -> float
-        flag, default = f"--{f.name.replace('_', '-')}", f.default
-        help = f"{f.metadata['help']} (default: {default})" if kind is not bool else f.metadata["help"]
-        if kind is bool:
-            action = argparse.BooleanOptionalAction if default else "store_true"
-            group.add_argument(flag, action=action, default=default, help=help)
-        else:
-            group.add_argument(flag, type=kind, default=default, help=help, metavar=kind.__name__[0].upper())
-    given = {word.split("=")[0] for word in argv}
-    if "--quick" in given:
-        parser.set_defaults(**experiment.quick)
-    todo = parser.parse_args(argv)
-    todo.quick_figure = todo.quick and not given & {"--width", "--sweep", "--list", "--plot"}
-    settings = experiment.settings(**{f.name: vars(todo).pop(f.name) for f in fields(experiment.settings)})
-    asked = [name for name in (todo.sweep, todo.list, todo.plot) if name]
-    if len(asked) > 1:
-        raise UsageError("only one of --sweep, --list and --plot can be done at a time")
-    if asked and asked[0] not in experiment.figures:
-        raise UsageError(f"there is no figure {asked[0]!r}; there are {names}")
-    for name, instead in experiment.figures_ignore.items():
-        flag = f"--{name.replace('_', '-')}"
-        if (asked or todo.quick_figure) and flag in given:
-            raise UsageError(f"figures take {instead}; {flag} is for a single network")
-    settings.check()
-    return settings, todo
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def write_whole(path, content):
-    """Write bytes or text so that `path` holds all of it or what it held before, even if the power goes."""
-    content = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself lasts once the folder is flushed (not on Windows)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def as_json(value):
-    return json.dumps(value, indent=1) + "\n"
-
-
-def read_json(path):
-    """The value in a JSON file, None if there is no such file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from None
-
-
 @functools.cache
 def code_version():
     """A hash of the project's modules and, in a git checkout, the commit."""
@@ -236,6 +136,7 @@ def versions():
 
 # ---------------------------------------------------------------------------------------------- one run
 
+FORMAT = 2  # of checkpoints
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
 
 
@@ -275,22 +176,32 @@ class Run:
         self.folder = Path(settings.out, experiment.name, settings.data, settings.run_name())
 
     def result(self):
-        """result.json as a dict, None as long as the run is not done."""
-        return read_json(self.folder / "result.json")
+        """result.json as a dict, None as long as the run is not done. FileFault if it was not written by a run."""
+        path = self.folder / "result.json"
+        return check_result(read_json(path), path)
+
+    def config(self):
+        """config.json, None if it is not there or no longer readable."""
+        with contextlib.suppress(FileFault):
+            return read_json(self.folder / "config.json")
 
     def done(self):
         return (self.folder / "result.json").exists()
 
     def status(self):
         """One line for --list."""
-        if result := self.result():
+        try:
+            result, failure = self.result(), read_json(self.folder / "failed.json")
+        except FileFault as fault:
+            return f"{fault}"
+        if result:
             if result["diverged"]:
                 return f"diverged in epoch {result['epochs'] + 1}"
             return f"done: test {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final"
-        if failure := read_json(self.folder / "failed.json"):
-            return f"failed: {failure['error']}"
+        if failure:
+            return f"failed: {dict(failure).get('error')}"
         try:
-            with open(self.folder / "log.csv") as log:
+            with open(self.folder / "log.csv", "rb") as log:
                 return f"begun: {sum(1 for _ in log) - 1} of {self.settings.epochs} epochs"
         except FileNotFoundError:
             return "not begun"
@@ -336,11 +247,13 @@ class Run:
         """
         s = self.settings
         dataset, model, optimizer, schedule = self.prepare()
+        if self.ranks.rank == 0:
+            remove_leftovers(self.folder)
         progress = self.load_checkpoint(model, optimizer)
-        if progress is None:
-            progress = Progress()
-            self.write("config.json", as_json({"settings": s.identity(), "versions": versions(),
-                                               "ranks": self.ranks.size}))
+        if progress is None or self.config() is None:
+            config = {"settings": s.identity(), "versions": versions(), "ranks": self.ranks.size}
+            self.write("config.json", as_json(config))
+        progress = progress or Progress()
         self.ranks.check_same(model, "before training")
         steps = math.ceil(len(dataset.train_labels) / s.batch)
         bar = tqdm(total=s.epochs * steps, initial=progress.epoch * steps + progress.step, unit="step",
@@ -354,7 +267,6 @@ class Run:
                 if finite and (self.save_is_due() or progress.epoch == s.epochs):
                     self.save_checkpoint(model, optimizer, progress)
         if not finite:
-            self.write_log(progress)
             self.say(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; "
                      "recorded as diverged")
         result = self.write_result(model, progress, diverged=not finite)
@@ -384,17 +296,25 @@ class Run:
                 if stop or self.save_is_due():
                     progress.seconds += now - begin
                     begin = now
-                    self.save_checkpoint(model, optimizer, progress)
                 if stop:
-                    self.say(f"stopped in epoch {progress.epoch + 1}; the same command goes on from here", sys.stderr)
-                    raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
+                    self.stop(model, optimizer, progress, stopped)
+                if self.save_is_due():
+                    self.save_checkpoint(model, optimizer, progress)
         if not progress.finite():
             return False
         bar.set_description(progress.description(s.epochs), refresh=False)
-        test_loss, test_acc = evaluate(model, dataset.test_batches(self.experiment.test_batch, ranks.part), ranks)
+        found = evaluate(model, dataset.test_batches(self.experiment.test_batch, ranks.part), ranks, stopped)
         progress.seconds += time.monotonic() - begin
-        progress.end_epoch(lr, test_loss, test_acc)
+        if not found:
+            self.stop(model, optimizer, progress, stopped)
+        progress.end_epoch(lr, *found)
         return True
+
+    def stop(self, model, optimizer, progress, stopped):
+        """Save and end the process, as it was asked to."""
+        self.save_checkpoint(model, optimizer, progress)
+        self.say(f"stopped in epoch {progress.epoch + 1}; the same command goes on from here", sys.stderr)
+        raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
 
     def save_is_due(self):
         return time.monotonic() - self.saved >= self.settings.save_every
@@ -407,9 +327,8 @@ class Run:
         arrays |= {f"optimizer.{k}": v for k, v in optimizer.state_dict().items()}
         arrays |= {f"progress.{k}": np.asarray(v, np.float64) for k, v in progress.state().items()}
         arrays["settings"] = np.asarray(json.dumps(self.settings.identity()))
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        self.write("checkpoint.npz", buffer.getbuffer())
+        arrays["format"] = np.asarray(FORMAT)
+        self.write("checkpoint.npz", save_arrays(arrays))
         self.write_log(progress)
         self.saved = time.monotonic()
 
@@ -420,23 +339,31 @@ class Run:
         if content is None:
             return None
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            settings = json.loads(str(arrays.pop("settings")))
+            arrays = load_arrays(content)
+            if (version := int(arrays.pop("format"))) != FORMAT:
+                raise FileFault(f"it is of format {version}, this program reads {FORMAT}")
+            self.check_same_settings(json.loads(str(arrays.pop("settings"))))
             part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")}
                     for p in ("model", "optimizer", "progress")}
+            wrong = [f"{name} is of {part['model'][name].dtype} instead of {array.dtype}"
+                     for name, array in model.state_dict().items()
+                     if name in part["model"] and part["model"][name].dtype != array.dtype]
+            if wrong:
+                raise FileFault("; ".join(wrong))
             model.load_state_dict(part["model"])
             optimizer.load_state_dict(part["optimizer"])
-            progress = Progress(**part["progress"])
-        except Exception as error:  # NumPy and zipfile raise whatever they stumble on
-            raise UsageError(f"{path} is damaged or of another network ({error}); "
-                             "remove it to begin this run again") from None
-        wrong = [f"{f.name} {settings.get(f.name, f.default)} instead of {getattr(self.settings, f.name)}"
+            return Progress(**part["progress"])
+        except Exception as error:  # readers raise whatever they stumble on
+            reason = error if isinstance(error, FileFault) else f"it is not of this network ({error})"
+            raise FileFault(f"{path} cannot be continued: {reason}; remove it to begin this run again") from None
+
+    def check_same_settings(self, saved):
+        """FileFault if a checkpoint's settings are not this run's."""
+        wrong = [f"{f.name} {saved.get(f.name, f.default)} instead of {getattr(self.settings, f.name)}"
                  for f in fields(self.settings) if not f.metadata["place"]
-                 and settings.get(f.name, f.default) != getattr(self.settings, f.name)]
+                 and saved.get(f.name, f.default) != getattr(self.settings, f.name)]
         if wrong:
-            raise UsageError(f"{path} belongs to a run with other settings: {', '.join(wrong)}")
-        return progress
+            raise FileFault(f"it belongs to a run with other settings: {', '.join(wrong)}")
 
     def write_log(self, progress):
         rows = io.StringIO()
@@ -446,6 +373,7 @@ class Run:
         self.write("log.csv", rows.getvalue())
 
     def write_result(self, model, progress, diverged):
+        self.write_log(progress)  # a cut may have come between the last checkpoint and its log
         layers = [{"name": name, "shape": list(layer.weight.shape), "size": layer.weight.size,
                    "kept": layer.weight.count}
                   for name, layer in nn.layers(model)]
@@ -458,11 +386,31 @@ class Run:
             result[f"best_{part}_acc"] = max(accuracies, default=None)
             result[f"final_{part}_acc"] = accuracies[-1] if accuracies else None
         result |= {"epochs": len(progress.history), "seconds": sum(column["seconds"]),
-                   "config": read_json(self.folder / "config.json")}
+                   "config": self.config()}
         self.write("result.json", as_json(result))
         if self.ranks.rank == 0:
             (self.folder / "failed.json").unlink(missing_ok=True)
         return result
+
+
+NUMBERS = ("weights", "connectivity", "epochs", "seconds", "best_test_acc", "final_test_acc", "best_train_acc",
+           "final_train_acc")
+
+
+def check_result(result, where):
+    """The result of a run if it is one, or None; FileFault that begins with `where` if a number in it is none."""
+    if result is None:
+        return None
+    if not isinstance(result, dict):
+        raise FileFault(f"{where}: a result is an object, not {type(result).__name__}")
+    if not isinstance(result.get("diverged"), bool):
+        raise FileFault(f"{where}: diverged is {result.get('diverged')!r} instead of true or false")
+    for name in NUMBERS:
+        value = result.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number and not (value is None and result["diverged"] and name.endswith("_acc")):
+            raise FileFault(f"{where}: {name} is {value!r} instead of a number")
+    return result
 
 
 class Progress:
@@ -517,12 +465,14 @@ def train_step(model, optimizer, x, labels, ranks=distributed.Alone(), weight=1.
     return sums
 
 
-def evaluate(model, batches, ranks=distributed.Alone()):
-    """(mean loss, accuracy) in evaluation mode, over the batches of all ranks."""
+def evaluate(model, batches, ranks=distributed.Alone(), stopped=()):
+    """(mean loss, accuracy) in evaluation mode, over the batches of all ranks; None if `stopped` fills meanwhile."""
     model.eval()
     loss_sum, correct, seen = 0.0, 0, 0
     with nn.no_grad():
         for x, labels in batches:
+            if any(ranks.sum(len(stopped))):
+                return None
             if len(labels):
                 logits = model(nn.Tensor(x))
                 loss_sum += float(nn.cross_entropy(logits, labels).data) * len(labels)
@@ -545,63 +495,8 @@ def stop_signal():
             signal.signal(sig, handler)
 
 
-@contextlib.contextmanager
-def hold(folder):
-    """True while this process holds the lock of a folder, False if another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+b") as file:
-        try:
-            lock_file(file)
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
-def lock_file(file):
-    """Lock an open file for this process without waiting; OSError if another process has it."""
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def estimate(run, steps=20):
-    """(layer table, seconds, bytes of memory, bytes of disk) of a run, from a few timed steps."""
-    s = run.settings
-    dataset, model, optimizer, schedule = run.prepare()
-    optimizer.lr = 0  # the estimate must not depend on how training would go
-    timed = []
-    for x, labels in dataset.train_batches(s.batch, s.seed, 0):
-        begin = time.perf_counter()
-        Progress().add(*train_step(model, optimizer, x, labels))
-        timed.append(time.perf_counter() - begin)
-        if len(timed) == steps or len(timed) > 1 and np.sum(timed) > 5:
-            break
-    begin = time.perf_counter()
-    x, labels = next(dataset.test_batches(run.experiment.test_batch))
-    evaluate(model, [(x, labels)])
-    testing = (time.perf_counter() - begin) * len(dataset.test_labels) / len(labels)
-    seconds = s.epochs * (float(np.median(timed)) * math.ceil(len(dataset.train_labels) / s.batch) + testing)
-    arrays = [*model.state_dict().values(), *optimizer.state_dict().values()]
-    table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
-             f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
-    table.append(f"  {nn.weight_count(model):,} weights in all")
-    return table, seconds, peak_memory(), sum(a.nbytes for a in arrays) + 100 * s.epochs
-
-
-def peak_memory():
-    """The most memory this process has held, in bytes (0 where the system does not tell)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def percent(fraction):
+    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.2f} %"
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
@@ -658,295 +553,3 @@ def sweep_in_processes(jobs, script, argv):
                 return 128 + stopped_by
             time.sleep(0.1)
     return max(abs(w.returncode) for w in workers)
-
-
-# ---------------------------------------------------------------------------------------------- figures
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the paper, or one of our own.
-
-    runs(settings) -> the Settings of every run it shows; draw(points, metric) -> (matplotlib Figure, [lines that
-    sum it up]); paper(settings) -> what the paper says of these settings (None: nothing); compute(settings) -> what
-    it shows beside runs, as a dict that draw gets as a third argument: kept in OUT and in the record. trained: whether
-    it shows what comes out of the runs; otherwise it only needs their settings and can be drawn at once. quantity: what
-    its table lists. notes(settings) -> lines that belong to the list of its runs and to its table.
-    """
-
-    help: str
-    runs: typing.Callable
-    draw: typing.Callable
-    paper: typing.Callable = lambda settings: None
-    compute: typing.Callable | None = None
-    trained: bool = True
-    quantity: str = "test_acc"
-    notes: typing.Callable = lambda settings: []
-
-
-@dataclass(frozen=True)
-class Point:
-    """Runs that differ only in their seed. settings: those of the first; results: of the runs that are done."""
-
-    settings: Settings
-    results: tuple
-
-    @property
-    def finished(self):
-        """The results of the runs that reached the end: those that did not diverge."""
-        return [r for r in self.results if not r["diverged"]]
-
-    def values(self, name):
-        """This quantity of every run that reached the end."""
-        return [r[name] for r in self.finished]
-
-    def mean(self, name):
-        return float(np.mean(self.values(name))) if self.values(name) else math.nan
-
-    def std(self, name):
-        """Standard deviation over seeds, 0 for a single one."""
-        return float(np.std(self.values(name), ddof=1)) if len(self.values(name)) > 1 else 0.0
-
-
-def points(runs, results):
-    """Group (settings, result or None) by everything but the seed."""
-    groups = {}
-    for settings, result in zip(runs, results):
-        groups.setdefault(replace(settings, seed=0), []).append((settings, result))
-    return [Point(group[0][0], tuple(r for _, r in group if r)) for group in groups.values()]
-
-
-def over_seeds(settings, runs, default):
-    """Every run with the seeds from settings.seed on; as many as --seeds says, else `default`."""
-    return [replace(run, seed=settings.seed + i) for run in runs for i in range(settings.seeds or default)]
-
-
-TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "imagenet": "ImageNet",
-          "imagenet-256": "ImageNet resized to 256", "synthetic": "Synthetic images"}
-
-
-def subject(points):
-    """What a figure is about: "MNIST, first 2,048 training images"."""
-    s = points[0].settings
-    return (TITLES[s.data] + (f", first {s.limit:,} training images" if s.limit else "")
-            + (f", tested on {s.held_out:,} others of them" if s.held_out else ""))
-
-
-def shown(points, metric, what="test", note=""):
-    """What a figure's numbers are: "best test accuracy over 100 epochs, mean of 3 seeds"; note: after "epochs"."""
-    s, seeds = points[0].settings, {len(p.finished) for p in points if p.finished}
-    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    epochs = f"{s.epochs} epochs" if s.epochs > 1 else "1 epoch"
-    name = {"best": f"best {what} accuracy over", "final": f"{what} accuracy after"}[metric]
-    return f"{name} {epochs}{note}, {'mean of ' + count + ' seeds' if max(seeds) > 1 else '1 seed'}"
-
-
-def percent(fraction):
-    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.2f} %"
-
-
-def table(figure, points, metric, script):
-    """Lines "paper / ours (mean, deviation, seeds) / command" of the points that are done or that the paper states."""
-    name = f"{metric}_{figure.quantity}"
-    what = {"test_acc": "test", "train_acc": "training"}[figure.quantity]
-    yield f"{'paper':>12}  {f'ours: {metric} {what} accuracy':30}  command of the first seed"
-    for p in points:
-        count, diverged = len(p.finished), len(p.results) - len(p.finished)
-        spread = f" ± {100 * p.std(name):.2f}" if count > 1 else ""
-        ours = f"{percent(p.mean(name))}{spread} ({count})"
-        ours = (ours if p.results else "missing") + (f", {diverged} diverged" if diverged else "")
-        stated = figure.paper(p.settings)
-        if p.results or stated:
-            yield f"{stated or '-':>12}  {ours:30}  {p.settings.command(script)}"
-
-
-def plot_command(experiment, name, settings):
-    return " ".join(["python", experiment.script, "--plot", name, *settings.flags(places=("seeds", "bases", "widths"))])
-
-
-def record_of(experiment, name, settings, runs, results, computed):
-    """The small record of a figure: what was trained and what came out, one line a run; what was computed besides."""
-    keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
-            "final_train_acc", "epochs", "seconds")
-    rows = [{"data": s.data, "run": s.run_name(), **{k: r[k] for k in keep}} for s, r in zip(runs, results) if r]
-    made = {json.dumps(r["config"]["versions"]): r["config"]["versions"] for r in results if r}
-    head = {"figure": name, "shows": experiment.figures[name].help, "versions": list(made.values()),
-            "command": plot_command(experiment, name, settings)} | ({"computed": computed} if computed else {})
-    return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
-
-
-def record_path(experiment, name):
-    return RECORDS / f"{experiment.name}_{name}.json"
-
-
-def collect(experiment, name, runs):
-    """(results in the order of runs, how many come from results/): from OUT, those absent there from the record."""
-    results = [Run(experiment, s).result() for s in runs]
-    record = read_json(record_path(experiment, name)) or {"runs": []}
-    recorded = {(row["data"], row["run"]): row for row in record["runs"]}
-    found = [r or recorded.get((s.data, s.run_name())) for s, r in zip(runs, results)]
-    return found, sum(f is not r for f, r in zip(found, results))
-
-
-def computed_for(experiment, name, settings, from_record):
-    """What the figure shows beside runs: from the record if any run is, from OUT if it is there, else computed."""
-    if from_record:
-        return read_json(record_path(experiment, name))["computed"]
-    path = Path(settings.out, experiment.name, settings.data, f"{name},seed={settings.seed}.json")
-    computed = read_json(path)
-    if computed is None:
-        computed = experiment.figures[name].compute(settings)
-        write_whole(path, as_json(computed))
-    return computed
-
-
-def plot(experiment, name, settings, metric, record):
-    """Draw a figure from what is done, print its table, and say what is missing."""
-    figure = experiment.figures[name]
-    runs = figure.runs(settings)
-    results, from_record = collect(experiment, name, runs)
-    missing = sum(r is None for r in results)
-    if figure.trained and missing == len(runs):
-        recorded = read_json(record_path(experiment, name))
-        hint = f", or draw the recorded ones: {recorded['command']}" if recorded else ""
-        raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}{hint}")
-    if figure.trained and record and (missing or from_record):
-        raise UsageError(f"--record needs all {len(runs)} runs of {name} in {settings.out}, but "
-                         f"{missing + from_record} are not there; train them with --sweep {name}")
-    if figure.trained and all(r["diverged"] for r in results if r):
-        raise UsageError(f"all {len(runs) - missing} runs of {name} that are done have diverged; "
-                         "there is nothing to draw")
-    grouped = points(runs, results)
-    computed = [computed_for(experiment, name, settings, from_record)] if figure.compute else []
-    picture, summary = figure.draw(grouped, metric, *computed)
-    if figure.trained:
-        print(*table(figure, grouped, metric, experiment.script), *figure.notes(settings), "", sep="\n")
-    print(f"{name}: {figure.help}", *summary, sep="\n")
-    where = record_path(experiment, name).relative_to(ROOT)
-    if figure.trained:
-        print(f"{len(runs) - missing} of {len(runs)} runs are done"
-              + (f", {from_record} of them recorded in {where}" if from_record else "")
-              + (f"; --list {name} names the others, --sweep {name} trains them" if missing else ""))
-    folder = RECORDS if record else Path(settings.out, experiment.name, settings.data)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{experiment.name}_{name}.png"
-    picture.savefig(path, dpi=150)
-    if record and figure.trained:
-        content = record_of(experiment, name, settings, runs, results, *computed or [None])
-        write_whole(record_path(experiment, name), content)
-    print(f"drawn to {path}")
-
-
-# ---------------------------------------------------------------------------------------------- main
-
-
-def duration(seconds):
-    """As in "40 s", "12 minutes", "5.5 hours" or "3.1 days"."""
-    for unit, length, below in (("s", 1, 120), ("minutes", 60, 120), ("hours", 3600, 72), ("days", 86400, math.inf)):
-        if seconds < below * length:
-            return f"{seconds / length:.{1 if length > 60 else 0}f} {unit}"
-
-
-def dry_run(experiment, runs):
-    """Say what would be trained and what it would take; runs that differ in the seed alone take the same."""
-    total, most, estimates = 0.0, 0, {}
-    for settings in runs:
-        run = Run(experiment, settings)
-        if run.done():
-            print(f"{settings.run_name()}: {run.status()}")
-            continue
-        network = replace(settings, seed=0)
-        if network not in estimates:
-            estimates[network] = estimate(run)
-        layers, seconds, memory, disk = estimates[network]
-        total, most = total + seconds, max(most, memory)
-        print(f"{settings.run_name()}: about {duration(seconds)}, {disk / 2**20:.1f} MB of disk")
-        if len(runs) == 1:
-            print(*layers, sep="\n")
-    if estimates:
-        print(f"about {duration(total)} in all for one process, which holds {most / 2**20:.0f} MB of memory at most")
-
-
-def perform(experiment, settings, todo, argv, ranks):
-    """Do what the command line asks for; returns the exit code."""
-    actions = [act for name, (_, act) in experiment.actions.items() if vars(todo)[name]]
-    if ranks.rank and (actions or todo.plot or todo.list or todo.dry_run):  # what one process does
-        return 0
-    for act in actions:
-        act(settings)
-    if actions:
-        return 0
-    if todo.plot:
-        plot(experiment, todo.plot, settings, todo.metric, todo.record)
-        return 0
-    name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list
-    if name and not experiment.figures[name].trained:
-        raise UsageError(f"{name} needs no training; --plot {name} draws it")
-    runs = experiment.figures[name].runs(settings) if name else [settings]
-    for s in runs:
-        s.check()
-    if todo.list:
-        for s in runs:
-            print(f"{s.run_name()}: {Run(experiment, s).status()}")
-        print(*experiment.figures[name].notes(settings),
-              f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done", sep="\n")
-        return 0
-    try:
-        nn.use_device(settings.device)
-    except RuntimeError as error:
-        raise UsageError(str(error)) from None
-    ranks.use_own_gpu()
-    if todo.dry_run:
-        dry_run(experiment, runs)
-        return 0
-    if not name:
-        return train_one(Run(experiment, settings, ranks))
-    # What has to be downloaded or generated is so once, before several processes ask for it.
-    if ranks.size > 1 or settings.jobs > 1 and not todo.worker:
-        ranks.first_here(lambda: experiment.load(runs[0]))
-    if ranks.size == 1 and settings.jobs > 1 and not todo.worker:
-        failed = sweep_in_processes(min(settings.jobs, len(runs)), sys.argv[0], argv)
-    else:
-        failed = 1 if sweep([Run(experiment, s) for s in runs], ranks, not todo.worker and ranks.size == 1) else 0
-    if todo.quick_figure and not failed and not todo.worker and ranks.rank == 0:
-        plot(experiment, name, settings, todo.metric, record=False)
-    return failed
-
-
-def train_one(run):
-    with run.lock() as mine:
-        if not mine:
-            raise UsageError(f"another process is training {run.folder}")
-        result = run.ranks.broadcast(run.result()) or run.train()
-    run.say(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
-            f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "
-            f"{result['epochs']} epochs in {result['seconds']:.0f} s")
-    return 1 if result["diverged"] else 0
-
-
-def main(experiment, argv=None):
-    """The command line of an experiment; returns the exit code. A rank that fails ends the whole job."""
-    argv = sys.argv[1:] if argv is None else argv
-    ranks, performing = distributed.Alone(), False
-    try:
-        ranks = distributed.world()
-        settings, todo = parse(experiment, argv)
-        performing = True
-        return perform(experiment, settings, todo, argv, ranks)
-    except EXPECTED as error:
-        message, code = f"{experiment.script}: {error}", 2
-    except OSError as error:
-        message, code = f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}", 1
-    except KeyboardInterrupt:  # outside of training, where nothing is lost
-        message, code = "", 130
-    except Exception:
-        if ranks.size == 1:
-            raise
-        message, code = traceback.format_exc(), 1
-    if performing:
-        time.sleep(min(ranks.rank, 1) / 2)  # what all ranks fail of, the first says, and that ends the others
-    if message and (performing or ranks.rank == 0):
-        print(message, file=sys.stderr, flush=True)
-    if performing:
-        ranks.abort(code)
-    return code

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import command
 import data
 import exp_bottleneck as bottleneck
 import exp_resnet_cifar as resnet
@@ -188,7 +189,7 @@ def test_the_figure_says_what_its_runs_found(tmp_path, capsys):
         (folder / "result.json").write_text(json.dumps(
             {**result, "weights": weights, "connectivity": 1, "diverged": False, "epochs": 30, "seconds": 1.0}))
     words = s.flags(places=("bases", "widths", "seeds", "out"))
-    assert train.main(bottleneck.EXPERIMENT, ["--plot", "fig3", *words]) == 0
+    assert command.main(bottleneck.EXPERIMENT, ["--plot", "fig3", *words]) == 0
     out = capsys.readouterr().out
     assert "base 8, linear: 182,057 to 183,195 weights: 53.00 % at 8, 54.00 % at 12, 55.00 % at 18" in out
     assert "base 8, nonlinear: 175,192 to 177,372 weights: 50.00 % at 8, 56.00 % at 12, 57.00 % at 18" in out

@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command  # noqa: E402
 import data  # noqa: E402
 import distributed  # noqa: E402
 import exp_mlp_mnist as mlp  # noqa: E402
@@ -56,11 +57,11 @@ RESNET = replace(resnet.EXPERIMENT, load=lambda s: digits(side=32, channels=3).l
 
 
 def job_mlp(*argv):
-    return train.main(MLP, argv)
+    return command.main(MLP, argv)
 
 
 def job_resnet(*argv):
-    return train.main(RESNET, argv)
+    return command.main(RESNET, argv)
 
 
 def job_slow(*argv):
@@ -74,7 +75,7 @@ def job_slow(*argv):
         return real(*args)
 
     train.train_step = step
-    return train.main(MLP, argv)
+    return command.main(MLP, argv)
 
 
 def job_uneven(*argv):
@@ -84,7 +85,7 @@ def job_uneven(*argv):
         model[1].weight.data[0, 0] += distributed.world().rank == 1
         return model
 
-    return train.main(replace(MLP, build=build), argv)
+    return command.main(replace(MLP, build=build), argv)
 
 
 def job_raises(where, *argv):
@@ -102,7 +103,7 @@ def job_raises(where, *argv):
         return real(*args)
 
     train.train_step = step
-    return train.main(replace(MLP, load=load), argv)
+    return command.main(replace(MLP, load=load), argv)
 
 
 def job_faulty_sweep(*argv):
@@ -112,7 +113,7 @@ def job_faulty_sweep(*argv):
             raise ZeroDivisionError("width 20")
         return mlp.build(s, dataset)
 
-    return train.main(replace(MLP, build=build), argv)
+    return command.main(replace(MLP, build=build), argv)
 
 
 def job_average(path):
@@ -202,7 +203,7 @@ def assert_same(one, other, atol):
 def test_ten_steps_are_those_of_one_process(tmp_path, ranks):
     """No BatchNorm, masks of low density, a last batch of 3 examples: fewer than ranks."""
     words = dict(width=300, epochs=2, limit=203, batch=50)
-    assert train.main(MLP, flags(tmp_path / "1", **words)) == 0
+    assert command.main(MLP, flags(tmp_path / "1", **words)) == 0
     run(ranks, "mlp", *flags(tmp_path / "n", **words))
     one, several = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "n")
     assert one[1].shape == (6, 2) and one[0]["model.1.weight.mask"].sum() == 3970 - one[0]["model.3.weight.mask"].sum()
@@ -248,7 +249,7 @@ def test_ten_steps_with_batchnorm_use_the_statistics_of_each_rank(tmp_path, rank
     words = dict(width=3, base_width=2, epochs=1, limit=156, batch=16, lr=1e-3, schedule="constant")
     run(ranks, "resnet", *flags(tmp_path, **words))
     arrays, _ = checkpoint(tmp_path)
-    settings, _ = train.parse(RESNET, flags(tmp_path, **words))
+    settings, _ = command.parse(RESNET, flags(tmp_path, **words))
     start = resnet.build(settings, digits()).state_dict()
     for name, array in emulated(settings, ranks).items():  # at larger rates rounding grows a thousandfold a step
         moved = np.abs(array * 1.0 - start[name]).max()
@@ -297,8 +298,8 @@ def wait_for(condition, process, seconds=60):
 def test_a_rank_that_is_stopped_or_dies_ends_the_job_and_other_ranks_go_on_from_its_checkpoint(tmp_path, sent, code):
     """SIGTERM to rank 1 alone saves on rank 0; after SIGKILL the last checkpoint is good. Then 3 ranks, then 1."""
     words = dict(width=12, epochs=40, limit=200, batch=20, save_every=0)
-    uncut = replace(train.parse(MLP, flags(tmp_path / "1", **words))[0])
-    assert train.main(MLP, flags(tmp_path / "1", **words)) == 0
+    uncut = replace(command.parse(MLP, flags(tmp_path / "1", **words))[0])
+    assert command.main(MLP, flags(tmp_path / "1", **words)) == 0
     steps = []
     for ranks in (2, 3):
         pid, saved = tmp_path / "n" / "rank1", len(list((tmp_path / "n").rglob("checkpoint.npz")))
@@ -315,7 +316,7 @@ def test_a_rank_that_is_stopped_or_dies_ends_the_job_and_other_ranks_go_on_from_
         arrays, _ = checkpoint(tmp_path / "n")
         steps.append(10 * arrays["progress.epoch"] + arrays["progress.step"])
     assert 0 < steps[0] < steps[1] < 400
-    assert train.main(MLP, flags(tmp_path / "n", **words)) == 0
+    assert command.main(MLP, flags(tmp_path / "n", **words)) == 0
     assert_same(checkpoint(tmp_path / "1"), checkpoint(tmp_path / "n"), atol=1e-5)
     assert train.Run(MLP, uncut).done()
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from test_train import contents
 
+import command
 import data
 import exp_resnet_cifar as resnet
+import figures
 import nn
 import train
 
@@ -204,7 +206,7 @@ def test_figures_say_what_their_runs_found(name, expected, tmp_path, capsys):
             folder = train.Run(resnet.EXPERIMENT, run).folder
             folder.mkdir(parents=True)
             (folder / "result.json").write_text(json.dumps(made_up(s, run)))
-    assert train.main(resnet.EXPERIMENT, ["--plot", name, *s.flags(places=("bases", "widths", "seeds", "out"))]) == 0
+    assert command.main(resnet.EXPERIMENT, ["--plot", name, *s.flags(places=("bases", "widths", "seeds", "out"))]) == 0
     out = capsys.readouterr().out
     for sentence in expected:
         assert sentence in out
@@ -214,7 +216,7 @@ def test_figures_say_what_their_runs_found(name, expected, tmp_path, capsys):
 def test_a_figure_says_how_far_its_runs_are_from_the_paper(tmp_path):
     s = resnet.Settings(epochs=30, limit=5000)
     run = replace(s, width=8, base_width=8)
-    points = train.points([run, replace(run, seed=1)], [made_up(s, r) for r in (run, replace(run, seed=1))])
+    points = figures.points([run, replace(run, seed=1)], [made_up(s, r) for r in (run, replace(run, seed=1))])
     picture, _ = resnet.family_draw(points, "best")
     assert picture.axes[0].get_title() == (
         "Figure 6. ResNet-18, CIFAR-10, first 5,000 training images\nbest test accuracy over 30 epochs "
@@ -223,17 +225,17 @@ def test_a_figure_says_how_far_its_runs_are_from_the_paper(tmp_path):
 
 def test_a_figure_names_another_schedule():
     s = resnet.Settings(epochs=1, width=8, base_width=8, schedule="cosine")
-    assert resnet.title(train.points([s], [made_up(s, s)]), "final") == (
+    assert resnet.title(figures.points([s], [made_up(s, s)]), "final") == (
         "test accuracy after 1 epoch (the paper: 300), cosine learning rate, 1 seed")
 
 
 def test_a_figure_names_every_departure_from_the_protocol():
     s = resnet.Settings(width=12, base_width=8, lr=0.01, how="proportional", io_only=True, held_out=500)
-    grouped = train.points([s], [made_up(s, s)])
+    grouped = figures.points([s], [made_up(s, s)])
     assert resnet.title(grouped, "best", about=("io_only",)) == (
         "best test accuracy over 300 epochs, lr 0.01, how proportional, 1 seed")
     assert "io only True" in resnet.title(grouped, "best")
-    assert train.subject(grouped) == "CIFAR-10, tested on 500 others of them"
+    assert figures.subject(grouped) == "CIFAR-10, tested on 500 others of them"
 
 
 def test_dense_is_the_base_of_its_own_width():
@@ -246,13 +248,13 @@ def test_figure_7_says_where_there_is_nothing_to_divide_by(tmp_path):
     runs = resnet.fig7_runs(s)
     results = [made_up(s, r) | {"best_test_acc": 0.5} for r in runs]
     with pytest.raises(train.UsageError, match="at width 12 the dense network gains 0.00 points"):
-        resnet.fig7_draw(train.points(runs, results), "best")
+        resnet.fig7_draw(figures.points(runs, results), "best")
 
 
 def test_a_figure_of_whole_kernels_alone(tmp_path):
     s = resnet.Settings(bases="8", widths="8,12", seeds=1)
     runs = [r for r in resnet.fig9_runs(s) if r.io_only]
-    _, summary = resnet.fig9_draw(train.points(runs, [made_up(s, r) for r in runs]), "best")
+    _, summary = resnet.fig9_draw(figures.points(runs, [made_up(s, r) for r in runs]), "best")
     assert summary == ["base 8, masks of whole kernels, 175,192 weights: 82.00 % at 12"]
 
 

@@ -11,6 +11,7 @@ import pytest
 from test_conv import check, draw_parameters, estimates, fill, margin, resnet18_in_pytorch, set_dtype, torch  # noqa
 from test_distributed import ENV, MPIRUN, with_mpi
 
+import command
 import exp_resnet_imagenet as imagenet
 import nn
 import train
@@ -74,7 +75,7 @@ def result(folder):
 
 
 def test_a_run_on_photographs(tmp_path, capsys):
-    assert train.main(imagenet.EXPERIMENT, words(tmp_path)) == 0
+    assert command.main(imagenet.EXPERIMENT, words(tmp_path)) == 0
     found = result(tmp_path / "runs")
     s = imagenet.Settings(width=2, base_width=2)
     assert found["weights"] == imagenet.budget(s, 3) and found["epochs"] == 2 and not found["diverged"]
@@ -102,7 +103,7 @@ def test_width_pays_on_photographs(tmp_path):
     accuracy = {}
     for width in (8, 16):
         more = dict(size=64, classes=10, images=200, batch=64, lr=0.05, width=width, base_width=8, epochs=6)
-        assert train.main(imagenet.EXPERIMENT, words(tmp_path, **more, out=tmp_path / str(width))) == 0
+        assert command.main(imagenet.EXPERIMENT, words(tmp_path, **more, out=tmp_path / str(width))) == 0
         found = result(tmp_path / str(width))
         assert found["weights"] == imagenet.budget(imagenet.Settings(width=8, base_width=8), 10)
         accuracy[width] = found["best_test_acc"]
@@ -157,7 +158,7 @@ def test_figures_say_what_their_runs_found(name, expected, dataset, tmp_path, ca
         for part in ("test", "train"):
             made_up |= {f"best_{part}_acc": accuracy, f"final_{part}_acc": accuracy - 0.01}
         (folder / "result.json").write_text(json.dumps(made_up))
-    assert train.main(imagenet.EXPERIMENT, ["--plot", name, *s.flags(places=("widths", "out"))]) == 0
+    assert command.main(imagenet.EXPERIMENT, ["--plot", name, *s.flags(places=("widths", "out"))]) == 0
     out = capsys.readouterr().out
     for sentence in expected:
         assert sentence in out

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import command
 import exp_mlp_mnist as mlp
+import figures
+import files
 import nn
 import train
 
@@ -50,7 +53,7 @@ def script(settings, *words, name="exp_mlp_mnist.py"):
     return [sys.executable, str(ROOT / name), *flags, *map(str, words)]
 
 
-def command(*words, expect=0, cwd=None):
+def shell(*words, expect=0, cwd=None):
     """Run exp_mlp_mnist.py with these words; (output, errors)."""
     done = subprocess.run([sys.executable, str(ROOT / "exp_mlp_mnist.py"), *map(str, words)], env=ENV, cwd=cwd,
                           capture_output=True, text=True, timeout=120)
@@ -76,7 +79,7 @@ def test_a_run_leaves_its_whole_record(settings):
     run = trained(settings)
     assert sorted(p.name for p in run.folder.iterdir() if p.name != "lock") == [
         "checkpoint.npz", "config.json", "log.csv", "result.json"]
-    result, config = run.result(), train.read_json(run.folder / "config.json")
+    result, config = run.result(), files.read_json(run.folder / "config.json")
     assert result["weights"] == 3970 and result["connectivity"] == pytest.approx(3970 / (794 * 12))
     assert [(layer["shape"], layer["kept"]) for layer in result["layers"]] == [([12, 784], 3850), ([10, 12], 120)]
     assert result["epochs"] == 3 and not result["diverged"] and result["config"] == config
@@ -222,29 +225,35 @@ def test_a_wrong_checkpoint_is_refused(settings):
     (run.folder / "result.json").unlink()
     saved = (run.folder / "checkpoint.npz").read_bytes()
     (run.folder / "checkpoint.npz").write_bytes(saved[: len(saved) // 2])
-    with pytest.raises(train.UsageError, match="checkpoint.npz is damaged"):
+    with pytest.raises(files.FileFault, match="checkpoint.npz cannot be continued: its end, with the checksum, is miss"):
         run.train(bar=False)
     (run.folder / "checkpoint.npz").write_bytes(saved)
     other = train.Run(mlp.EXPERIMENT, replace(settings, lr=0.2))
     other.folder = run.folder
-    with pytest.raises(train.UsageError, match="other settings: lr 0.1 instead of 0.2"):
+    with pytest.raises(files.FileFault, match="other settings: lr 0.1 instead of 0.2; remove it to begin"):
         other.train(bar=False)
-    other = train.Run(mlp.EXPERIMENT, replace(settings, width=13))
-    other.folder = run.folder
-    with pytest.raises(train.UsageError, match=r"has shape \(12, 784\) instead of \(13, 784\)"):
+    other = train.Run(replace(mlp.EXPERIMENT, build=lambda s, d: mlp.build(replace(s, width=13), d)), settings)
+    with pytest.raises(files.FileFault, match=r"not of this network .* has shape \(12, 784\) instead of \(13, 784\)"):
         other.train(bar=False)
+    arrays = files.load_arrays(saved)
+    for change, says in (({"format": np.array(1)}, "it is of format 1, this program reads 2"),
+                         ({"model.1.bias": arrays["model.1.bias"].astype(np.float64)}, "1.bias is of float64 instead"),
+                         ({"progress.extra": np.array(1)}, "unexpected keyword argument 'extra'")):
+        (run.folder / "checkpoint.npz").write_bytes(files.save_arrays(arrays | change))
+        with pytest.raises(files.FileFault, match=says):
+            run.train(bar=False)
 
 
 def test_write_whole_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    train.write_whole(path, "old")
+    files.write_whole(path, "old")
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, lambda *args: (_ for _ in ()).throw(OSError("no space")))
             with pytest.raises(OSError, match="no space"):
-                train.write_whole(path, "new")
+                files.write_whole(path, "new")
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    train.write_whole(path, b"new")
+    files.write_whole(path, b"new")
     assert path.read_bytes() == b"new"
 
 
@@ -264,7 +273,7 @@ def test_every_setting_that_matters_is_in_the_name(settings):
 
 def test_the_printed_command_leads_to_the_same_run(settings):
     s = replace(settings, activation="linear", bias=False, ntk=True, last=0.5, lr=0.25, dense=False)
-    again, _ = train.parse(mlp.EXPERIMENT, s.command("exp_mlp_mnist.py").split()[2:])
+    again, _ = command.parse(mlp.EXPERIMENT, s.command("exp_mlp_mnist.py").split()[2:])
     assert again.identity() == s.identity()
 
 
@@ -289,9 +298,9 @@ def test_figures_have_the_papers_runs():
 
 def test_tuned_learning_rates_are_those_of_the_record():
     runs = mlp.fig8_lr_runs(mlp.Settings())
-    results, recorded = train.collect(mlp.EXPERIMENT, "fig8_lr", [replace(r, out="nowhere") for r in runs])
+    results, recorded = figures.collect(mlp.EXPERIMENT, "fig8_lr", [replace(r, out="nowhere") for r in runs])
     assert recorded == len(runs) and all(results)
-    assert mlp.tuned(train.points(runs, results)) == mlp.FIG8_LR
+    assert mlp.tuned(figures.points(runs, results)) == mlp.FIG8_LR
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
@@ -316,7 +325,7 @@ def test_a_run_that_is_being_trained_is_refused_and_a_dead_holder_is_not(setting
     run = train.Run(mlp.EXPERIMENT, settings)
     with run.lock() as mine:
         assert mine
-        out, errors = command(*script(settings)[2:], expect=2)
+        out, errors = shell(*script(settings)[2:], expect=2)
         assert "another process is training" in errors and len(errors.splitlines()) == 1
     assert (run.folder / "lock").exists()  # left behind, but held by nobody
     trained(settings)
@@ -336,9 +345,10 @@ def test_a_stop_during_the_last_evaluation_of_a_run_ends_the_sweep(settings, mon
 
     def evaluate(*args):
         calls.append(1)
+        found = real(*args)
         if len(calls) == settings.epochs:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
+        return found
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     with pytest.raises(SystemExit) as stop:
@@ -352,7 +362,7 @@ def test_a_failed_run_does_not_stop_the_sweep(settings, capsys):
     (runs[1].folder / "checkpoint.npz").write_bytes(b"nonsense")
     assert train.sweep(runs, bar=False) == 1
     assert [run.done() for run in runs] == [True, False, True]
-    assert "checkpoint.npz is damaged" in capsys.readouterr().err
+    assert "checkpoint.npz cannot be continued" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -389,33 +399,34 @@ def test_mistakes_get_one_sentence(words, says, folder, tmp_path):
 
 
 def test_help_and_dry_run(settings, tmp_path):
-    out, _ = command("--help")
+    out, _ = shell("--help")
     assert "--last-connectivity" not in out and "--base-width" in out and "fig5" in out
     words = script(settings)[2:]
-    out, _ = command(*words, "--dry-run")
+    out, _ = shell(*words, "--dry-run")
     assert "3,970 weights in all" in out and "MB of disk" in out
     assert not Path(settings.out).exists()
 
 
 def test_list_plot_and_record(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "RECORDS", tmp_path / "results")
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "RECORDS", tmp_path / "results")
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
     words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--limit", "300",
              "--epochs", "1", "--seeds", "1"]
-    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "width"]) == 2
+    assert command.main(mlp.EXPERIMENT, [*words, "--plot", "width"]) == 2
     assert "none of the 13 runs of width is done" in capsys.readouterr().err
-    assert train.main(mlp.EXPERIMENT, [*words, "--sweep", "width"]) == 0
+    assert command.main(mlp.EXPERIMENT, [*words, "--sweep", "width"]) == 0
     capsys.readouterr()
-    assert train.main(mlp.EXPERIMENT, [*words, "--list", "width"]) == 0
+    assert command.main(mlp.EXPERIMENT, [*words, "--list", "width"]) == 0
     assert "13 of 13 runs are done" in capsys.readouterr().out
-    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "width", "--record"]) == 0
+    assert command.main(mlp.EXPERIMENT, [*words, "--plot", "width", "--record"]) == 0
     drawn = capsys.readouterr().out
     picture = tmp_path / "results" / "mlp_mnist_width.png"
     assert picture.stat().st_size > 10_000
     record = json.loads(picture.with_suffix(".json").read_text())
     assert len(record["runs"]) == 13 and [v["numpy"] for v in record["versions"]] == [np.__version__]
     # the same table comes from the record when the runs themselves are gone
-    assert train.main(mlp.EXPERIMENT, [*words[:4], "--out", str(tmp_path / "none"), *words[6:], "--plot", "width"]) == 0
+    elsewhere = [*words[:4], "--out", str(tmp_path / "none"), *words[6:]]
+    assert command.main(mlp.EXPERIMENT, [*elsewhere, "--plot", "width"]) == 0
     again = capsys.readouterr().out
     assert "results/mlp_mnist_width.json" in again
     assert drawn.split("\n\n")[0] == again.split("\n\n")[0]
@@ -423,26 +434,26 @@ def test_list_plot_and_record(settings, tmp_path, monkeypatch, capsys):
     part = str(tmp_path / "part")
     trained(replace(settings, width=5, limit=300, epochs=1, out=part))
     words[5] = part
-    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "width"]) == 0
+    assert command.main(mlp.EXPERIMENT, [*words, "--plot", "width"]) == 0
     assert "13 of 13 runs are done, 12 of them recorded in results/" in capsys.readouterr().out
-    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "width", "--record"]) == 2
+    assert command.main(mlp.EXPERIMENT, [*words, "--plot", "width", "--record"]) == 2
     assert "--record needs all 13 runs" in capsys.readouterr().err
     # with other settings the recorded ones are pointed to
     assert record["command"].startswith("python exp_mlp_mnist.py --plot width --data synthetic --epochs 1 --limit 300")
     other = ["--data", "synthetic", "--plot", "width", "--out", str(tmp_path / "none")]
-    assert train.main(mlp.EXPERIMENT, other) == 2
+    assert command.main(mlp.EXPERIMENT, other) == 2
     assert record["command"] in capsys.readouterr().err
 
 
 def test_a_figure_of_diverged_runs_says_so(settings, capsys):
     words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--limit", "2048",
              "--epochs", "2", "--seeds", "1"]
-    assert train.main(mlp.EXPERIMENT, [*words, "--lr", "1e30", "--sweep", "width"]) == 0
-    assert train.main(mlp.EXPERIMENT, [*words, "--lr", "1e30", "--plot", "width"]) == 2
+    assert command.main(mlp.EXPERIMENT, [*words, "--lr", "1e30", "--sweep", "width"]) == 0
+    assert command.main(mlp.EXPERIMENT, [*words, "--lr", "1e30", "--plot", "width"]) == 2
     assert "all 13 runs of width that are done have diverged" in capsys.readouterr().err
     runs = mlp.fig8_lr_runs(replace(settings, limit=0, seeds=1))
     with_one = [{"diverged": i == 0, "best_test_acc": 0.5, "weights": 1} if i < 2 else None for i in range(len(runs))]
-    picture, summary = mlp.fig8_lr_draw(train.points(runs, with_one), "best")
+    picture, summary = mlp.fig8_lr_draw(figures.points(runs, with_one), "best")
     assert summary == ["FIG8_LR = {(True, 8): 16.0}"]
 
 
@@ -451,14 +462,14 @@ def test_partial_figures_say_what_is_missing(settings, capsys):
         trained(s)
     words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--limit", "600",
              "--epochs", "1", "--plot", "fig5"]
-    assert train.main(mlp.EXPERIMENT, words) == 0
+    assert command.main(mlp.EXPERIMENT, words) == 0
     out = capsys.readouterr().out
     assert "12 of 134 runs are done" in out and out.count("python exp_mlp_mnist.py") == 12 and "ReLU: best" in out
 
 
 def test_what_a_figure_computes_is_kept_and_recorded(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "RECORDS", tmp_path / "results")
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "RECORDS", tmp_path / "results")
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
     computed = []
 
     def compute(s):
@@ -469,15 +480,15 @@ def test_what_a_figure_computes_is_kept_and_recorded(settings, tmp_path, monkeyp
         picture, _ = mlp.width_draw(points, metric)
         return picture, [f"the answer is {numbers['answer']}"]
 
-    figure = train.Figure("test", lambda s: [s], draw, compute=compute)
+    figure = figures.Figure("test", lambda s: [s], draw, compute=compute)
     experiment = replace(mlp.EXPERIMENT, figures={"test": figure})
     trained(settings)
     words = script(settings)[2:] + ["--plot", "test"]
     for extra in ([], ["--record"], ["--out", str(tmp_path / "none")]):  # computed, kept in OUT, from the record
-        assert train.main(experiment, words + extra) == 0
+        assert command.main(experiment, words + extra) == 0
         assert "the answer is 42" in capsys.readouterr().out
     assert computed == ["synthetic"]
-    assert train.read_json(tmp_path / "results" / "mlp_mnist_test.json")["computed"] == {"answer": 42}
+    assert files.read_json(tmp_path / "results" / "mlp_mnist_test.json")["computed"] == {"answer": 42}
 
 
 def test_figure_8b_from_training_to_picture(settings, monkeypatch, capsys):
@@ -487,11 +498,11 @@ def test_figure_8b_from_training_to_picture(settings, monkeypatch, capsys):
     monkeypatch.setattr(mlp, "KERNEL_PAIRS", 12)
     words = ["--data", "synthetic", "--data-dir", settings.data_dir, "--out", settings.out, "--epochs", "1",
              "--seeds", "1"]
-    assert train.main(mlp.EXPERIMENT, [*words, "--sweep", "fig8b"]) == 0
-    assert train.main(mlp.EXPERIMENT, [*words, "--plot", "fig8b"]) == 0
+    assert command.main(mlp.EXPERIMENT, [*words, "--sweep", "fig8b"]) == 0
+    assert command.main(mlp.EXPERIMENT, [*words, "--plot", "fig8b"]) == 0
     out = capsys.readouterr().out
     assert "exact (Theorem 1): least at width" in out and "rank correlation" in out
-    computed = train.read_json(Path(settings.out, "mlp_mnist", "synthetic", "fig8b,seed=0.json"))
+    computed = files.read_json(Path(settings.out, "mlp_mnist", "synthetic", "fig8b,seed=0.json"))
     assert computed["densities"][0] == 1 and computed["densities"][-1] == pytest.approx(2 / (784 * 635))
     exact, measured = (np.array(computed[name])[:, 0] for name in ("exact", "measured independent"))
     spread = np.array(computed["measured independent"])[:, 1] / computed["networks"] ** 0.5
@@ -508,7 +519,7 @@ def test_points_and_their_statistics():
     runs = [replace(s, width=w, seed=i) for w in (10, 20) for i in range(3)]
     results = [{"diverged": i == 5, "best_test_acc": 0.9 + 0.01 * (i % 3)} for i in range(6)]
     results[1] = None
-    ten, twenty = train.points(runs, results)
+    ten, twenty = figures.points(runs, results)
     assert ten.values("best_test_acc") == [0.9, 0.92] and len(twenty.results) == 3
     assert ten.mean("best_test_acc") == pytest.approx(0.91) and ten.std("best_test_acc") == pytest.approx(0.01 * 2**0.5)
     assert twenty.mean("best_test_acc") == pytest.approx(0.905)

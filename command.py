@@ -1,0 +1,227 @@
+"""The command line of the experiments: --help is made from their Settings and Figures.
+
+    sys.exit(command.main(EXPERIMENT))
+"""
+
+import argparse
+import math
+import sys
+import time
+import traceback
+import typing
+from dataclasses import fields, replace
+
+import numpy as np
+
+import distributed
+import nn
+from figures import plot
+from train import EXPECTED, Progress, Run, UsageError, evaluate, percent, sweep, sweep_in_processes, train_step
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line end in one sentence and exit code 2; of several ranks the first says it."""
+
+    def _print_message(self, message, file=None):
+        if distributed.world().rank == 0:
+            super()._print_message(message, file)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def parse(experiment, argv):
+    """The command line as (Settings, namespace of what to do with them)."""
+    parser = Parser(prog=experiment.script, description=experiment.description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(experiment.figures)
+    todo = parser.add_argument_group(f"figures and sweeps (FIGURE is one of {names})")
+    todo.add_argument("--sweep", metavar="FIGURE", help="train every run of a figure that is not done yet")
+    todo.add_argument("--list", metavar="FIGURE", help="name the runs of a figure and say which are done")
+    todo.add_argument("--plot", metavar="FIGURE", help="draw a figure from what is done and print its table")
+    todo.add_argument("--metric", choices=("best", "final"), default="best",
+                      help="figures show the best test accuracy over epochs (the paper's protocol) or the final one")
+    todo.add_argument("--record", action="store_true", help="with --plot: keep picture and numbers in results/")
+    todo.add_argument("--quick", action="store_true", help=f"a small version: {experiment.quick_help}")
+    todo.add_argument("--dry-run", action="store_true",
+                      help="only say what would be trained, and estimate time, memory and disk")
+    for action, (help, _) in experiment.actions.items():
+        todo.add_argument(f"--{action}", action="store_true", help=help)
+    todo.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a process of --jobs
+    group = parser.add_argument_group("settings")
+    types = typing.get_type_hints(experiment.settings)
+    for f in fields(experiment.settings):
+        kind = types[f.name]
+        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # float | None -> float
+        flag, default = f"--{f.name.replace('_', '-')}", f.default
+        help = f"{f.metadata['help']} (default: {default})" if kind is not bool else f.metadata["help"]
+        if kind is bool:
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            group.add_argument(flag, action=action, default=default, help=help)
+        else:
+            group.add_argument(flag, type=kind, default=default, help=help, metavar=kind.__name__[0].upper())
+    given = {word.split("=")[0] for word in argv}
+    if "--quick" in given:
+        parser.set_defaults(**experiment.quick)
+    todo = parser.parse_args(argv)
+    todo.quick_figure = todo.quick and not given & {"--width", "--sweep", "--list", "--plot"}
+    settings = experiment.settings(**{f.name: vars(todo).pop(f.name) for f in fields(experiment.settings)})
+    asked = [name for name in (todo.sweep, todo.list, todo.plot) if name]
+    if len(asked) > 1:
+        raise UsageError("only one of --sweep, --list and --plot can be done at a time")
+    if asked and asked[0] not in experiment.figures:
+        raise UsageError(f"there is no figure {asked[0]!r}; there are {names}")
+    for name, instead in experiment.figures_ignore.items():
+        flag = f"--{name.replace('_', '-')}"
+        if (asked or todo.quick_figure) and flag in given:
+            raise UsageError(f"figures take {instead}; {flag} is for a single network")
+    settings.check()
+    return settings, todo
+
+
+# ---------------------------------------------------------------------------------------------- what a run would take
+
+
+def estimate(run, steps=20):
+    """(layer table, seconds, bytes of memory, bytes of disk) of a run, from a few timed steps."""
+    s = run.settings
+    dataset, model, optimizer, schedule = run.prepare()
+    optimizer.lr = 0  # the estimate must not depend on how training would go
+    timed = []
+    for x, labels in dataset.train_batches(s.batch, s.seed, 0):
+        begin = time.perf_counter()
+        Progress().add(*train_step(model, optimizer, x, labels))
+        timed.append(time.perf_counter() - begin)
+        if len(timed) == steps or len(timed) > 1 and np.sum(timed) > 5:
+            break
+    begin = time.perf_counter()
+    x, labels = next(dataset.test_batches(run.experiment.test_batch))
+    evaluate(model, [(x, labels)])
+    testing = (time.perf_counter() - begin) * len(dataset.test_labels) / len(labels)
+    seconds = s.epochs * (float(np.median(timed)) * math.ceil(len(dataset.train_labels) / s.batch) + testing)
+    arrays = [*model.state_dict().values(), *optimizer.state_dict().values()]
+    table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
+             f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
+    table.append(f"  {nn.weight_count(model):,} weights in all")
+    return table, seconds, peak_memory(), sum(a.nbytes for a in arrays) + 100 * s.epochs
+
+
+def peak_memory():
+    """The most memory this process has held, in bytes (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def duration(seconds):
+    """As in "40 s", "12 minutes", "5.5 hours" or "3.1 days"."""
+    for unit, length, below in (("s", 1, 120), ("minutes", 60, 120), ("hours", 3600, 72), ("days", 86400, math.inf)):
+        if seconds < below * length:
+            return f"{seconds / length:.{1 if length > 60 else 0}f} {unit}"
+
+
+def dry_run(experiment, runs):
+    """Say what would be trained and what it would take; runs that differ in the seed alone take the same."""
+    total, most, estimates = 0.0, 0, {}
+    for settings in runs:
+        run = Run(experiment, settings)
+        if run.done():
+            print(f"{settings.run_name()}: {run.status()}")
+            continue
+        network = replace(settings, seed=0)
+        if network not in estimates:
+            estimates[network] = estimate(run)
+        layers, seconds, memory, disk = estimates[network]
+        total, most = total + seconds, max(most, memory)
+        print(f"{settings.run_name()}: about {duration(seconds)}, {disk / 2**20:.1f} MB of disk")
+        if len(runs) == 1:
+            print(*layers, sep="\n")
+    if estimates:
+        print(f"about {duration(total)} in all for one process, which holds {most / 2**20:.0f} MB of memory at most")
+
+
+def perform(experiment, settings, todo, argv, ranks):
+    """Do what the command line asks for; returns the exit code."""
+    actions = [act for name, (_, act) in experiment.actions.items() if vars(todo)[name]]
+    if ranks.rank and (actions or todo.plot or todo.list or todo.dry_run):  # what one process does
+        return 0
+    for act in actions:
+        act(settings)
+    if actions:
+        return 0
+    if todo.plot:
+        plot(experiment, todo.plot, settings, todo.metric, todo.record)
+        return 0
+    name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list
+    if name and not experiment.figures[name].trained:
+        raise UsageError(f"{name} needs no training; --plot {name} draws it")
+    runs = experiment.figures[name].runs(settings) if name else [settings]
+    for s in runs:
+        s.check()
+    if todo.list:
+        for s in runs:
+            print(f"{s.run_name()}: {Run(experiment, s).status()}")
+        print(*experiment.figures[name].notes(settings),
+              f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done", sep="\n")
+        return 0
+    try:
+        nn.use_device(settings.device)
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
+    ranks.use_own_gpu()
+    if todo.dry_run:
+        dry_run(experiment, runs)
+        return 0
+    if not name:
+        return train_one(Run(experiment, settings, ranks))
+    # What has to be downloaded or generated is so once, before several processes ask for it.
+    if ranks.size > 1 or settings.jobs > 1 and not todo.worker:
+        ranks.first_here(lambda: experiment.load(runs[0]))
+    if ranks.size == 1 and settings.jobs > 1 and not todo.worker:
+        failed = sweep_in_processes(min(settings.jobs, len(runs)), sys.argv[0], argv)
+    else:
+        failed = 1 if sweep([Run(experiment, s) for s in runs], ranks, not todo.worker and ranks.size == 1) else 0
+    if todo.quick_figure and not failed and not todo.worker and ranks.rank == 0:
+        plot(experiment, name, settings, todo.metric, record=False)
+    return failed
+
+
+def train_one(run):
+    with run.lock() as mine:
+        if not mine:
+            raise UsageError(f"another process is training {run.folder}")
+        result = run.ranks.broadcast(run.result()) or run.train()
+    run.say(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
+            f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "
+            f"{result['epochs']} epochs in {result['seconds']:.0f} s")
+    return 1 if result["diverged"] else 0
+
+
+def main(experiment, argv=None):
+    """The command line of an experiment; returns the exit code. A rank that fails ends the whole job."""
+    argv = sys.argv[1:] if argv is None else argv
+    ranks, performing = distributed.Alone(), False
+    try:
+        ranks = distributed.world()
+        settings, todo = parse(experiment, argv)
+        performing = True
+        return perform(experiment, settings, todo, argv, ranks)
+    except EXPECTED as error:
+        message, code = f"{experiment.script}: {error}", 2
+    except OSError as error:
+        message, code = f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}", 1
+    except KeyboardInterrupt:  # outside of training, where nothing is lost
+        message, code = "", 130
+    except Exception:
+        if ranks.size == 1:
+            raise
+        message, code = traceback.format_exc(), 1
+    if performing:
+        time.sleep(min(ranks.rank, 1) / 2)  # what all ranks fail of, the first says, and that ends the others
+    if message and (performing or ranks.rank == 0):
+        print(message, file=sys.stderr, flush=True)
+    if performing:
+        ranks.abort(code)
+    return code
