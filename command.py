@@ -211,7 +211,11 @@ def main(experiment, argv=None):
     except EXPECTED as error:
         message, code = f"{experiment.script}: {error}", 2
     except OSError as error:
-        message, code = f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}", 1
+        mendable = isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError))  # a wrong setting
+        message = f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}"
+        code = 2 if mendable else 1
+    except MemoryError as error:
+        message, code = f"{experiment.script}: there is not enough memory for this ({error}); --dry-run estimates it", 1
     except KeyboardInterrupt:  # outside of training, where nothing is lost
         message, code = "", 130
     except Exception:

@@ -460,6 +460,10 @@ def conv2d(x, w, stride=1, padding=0):
     return result(engine_.forward(x.data, w.data, stride, padding), (x, w), pull)
 
 
+class StatisticsError(ValueError):
+    """A batch without a variance; the message is one sentence."""
+
+
 def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.1, eps=1e-5, add=None, relu=False):
     """weight (x - mean) / sqrt(var + eps) + bias by channel of x (N, C, H, W), + add, then max(., 0) if relu is set.
 
@@ -474,7 +478,8 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
     if training:
         n = x.size // len(running_mean)
         if n < 2:
-            raise ValueError(f"batch_norm needs more than one value for each channel, not {x.shape}")
+            raise StatisticsError(f"batch_norm needs more than one value for each channel to train, not images of "
+                                  f"{x.shape}: choose another --batch or --limit, so that no batch has a single image")
         mean, var = engine_.statistics(x.data)
         running_mean += momentum * (mean - running_mean)
         running_var += momentum * (var * (n / (n - 1)) - running_var)

@@ -41,7 +41,7 @@ class UsageError(Exception):
 
 
 # errors whose message says all that there is to say
-EXPECTED = UsageError, FileFault, data.DataError, distributed.JobError
+EXPECTED = UsageError, FileFault, data.DataError, distributed.JobError, nn.StatisticsError
 
 # ---------------------------------------------------------------------------------------------- settings
 
