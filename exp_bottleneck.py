@@ -158,7 +158,7 @@ def fig3_draw(points, metric):
     """A panel for each kind of bottleneck: accuracy over width, the plain network dashed, the sparse family dotted."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     by_kind = {kind: lines([p for p in points if p.settings.kind == kind])
                for kind in ("sparse", "linear", "nonlinear")}
@@ -181,7 +181,7 @@ def fig3_draw(points, metric):
                 ax.axhline(value, color=f"C{i}", linestyle="--", linewidth=1,
                            label=f"base {base}, plain: {weights_of(plain)}")
         axes_over_width(ax, {p.settings.width for p in points if p.finished})
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below: it would hide lines
         ax.set_title({"linear": "linear bottlenecks", "nonlinear": "non-linear bottlenecks"}[kind], fontsize=10)
     panels[0].set_ylabel(f"{metric} test accuracy, %")
     figure.suptitle(f"Figure 3. ResNet-18, {subject(points)}\n{title(points, metric)}", fontsize=9)
