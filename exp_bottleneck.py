@@ -198,7 +198,7 @@ EXPERIMENT = train.Experiment(
     optimizer=resnet.EXPERIMENT.optimizer,
     schedule=resnet.schedule,
     figures={"fig3": figures.Figure("accuracy over width of linear and non-linear bottlenecks, and of sparse networks",
-                                  fig3_runs, fig3_draw, notes=lambda s: list(too_wide(s)))},
+                                    fig3_runs, fig3_draw, notes=lambda s: list(too_wide(s)))},
     figures_ignore=resnet.FIGURES_IGNORE,
     quick=dict(epochs=3, limit=1000, held_out=500, seeds=1, jobs=2, base_width=8, bases="8", widths="12"),
     quick_help="3 epochs of 1,000 images, tested on 500 others; without --width the figure fig3 at widths 8 and 12",

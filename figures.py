@@ -127,14 +127,19 @@ def record_of(experiment, name, settings, runs, results, computed):
     return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
 
-def record_path(experiment, name):
-    return RECORDS / f"{experiment.name}_{name}.json"
+def file_name(experiment, name, data):
+    """What a figure's files are called: "resnet_cifar_fig6", with the data set if it is not the experiment's own."""
+    return "_".join([experiment.name, *([data] if data != experiment.settings.data else []), name])
+
+
+def record_path(experiment, name, data):
+    return RECORDS / f"{file_name(experiment, name, data)}.json"
 
 
 def collect(experiment, name, runs):
     """(results in the order of runs, how many come from results/): from OUT, those absent there from the record."""
     results = [readable(Run(experiment, s).result) for s in runs]
-    recorded = readable(lambda: recorded_rows(record_path(experiment, name))) or {}
+    recorded = readable(lambda: recorded_rows(record_path(experiment, name, runs[0].data))) or {}
     found = [r or recorded.get((s.data, s.run_name())) for s, r in zip(runs, results)]
     return found, sum(f is not r for f, r in zip(found, results))
 
@@ -170,7 +175,7 @@ def row_key(row, where):
 def computed_for(experiment, name, settings, from_record):
     """What the figure shows beside runs: from the record if any run is, from OUT if it is there, else computed."""
     if from_record:
-        return read_json(record_path(experiment, name))["computed"]
+        return read_json(record_path(experiment, name, settings.data))["computed"]
     path = Path(settings.out, experiment.name, settings.data, f"{name},seed={settings.seed}.json")
     computed = read_json(path)
     if computed is None:
@@ -186,7 +191,7 @@ def plot(experiment, name, settings, metric, record):
     results, from_record = collect(experiment, name, runs)
     missing = sum(r is None for r in results)
     if figure.trained and missing == len(runs):
-        recorded = read_json(record_path(experiment, name))
+        recorded = read_json(record_path(experiment, name, settings.data))
         hint = f", or draw the recorded ones: {recorded['command']}" if recorded else ""
         raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}{hint}")
     if figure.trained and record and (missing or from_record):
@@ -201,16 +206,16 @@ def plot(experiment, name, settings, metric, record):
     if figure.trained:
         print(*table(figure, grouped, metric, experiment.script), *figure.notes(settings), "", sep="\n")
     print(f"{name}: {figure.help}", *summary, sep="\n")
-    where = record_path(experiment, name).relative_to(ROOT)
+    where = record_path(experiment, name, settings.data).relative_to(ROOT)
     if figure.trained:
         print(f"{len(runs) - missing} of {len(runs)} runs are done"
               + (f", {from_record} of them recorded in {where}" if from_record else "")
               + (f"; --list {name} names the others, --sweep {name} trains them" if missing else ""))
     folder = RECORDS if record else Path(settings.out, experiment.name, settings.data)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{experiment.name}_{name}.png"
+    path = folder / f"{file_name(experiment, name, settings.data)}.png"
     picture.savefig(path, dpi=150)
     if record and figure.trained:
         content = record_of(experiment, name, settings, runs, results, *computed or [None])
-        write_whole(record_path(experiment, name), content)
+        write_whole(record_path(experiment, name, settings.data), content)
     print(f"drawn to {path}")

@@ -163,4 +163,5 @@ def test_figures_say_what_their_runs_found(name, expected, dataset, tmp_path, ca
     for sentence in expected:
         assert sentence in out
     assert ("70.02 %  70.00 % (1)" in out) == (dataset == "imagenet")
-    assert (tmp_path / "resnet_imagenet" / dataset / f"resnet_imagenet_{name}.png").stat().st_size > 10_000
+    file = f"resnet_imagenet_{name}.png" if dataset == "imagenet" else f"resnet_imagenet_synthetic_{name}.png"
+    assert (tmp_path / "resnet_imagenet" / dataset / file).stat().st_size > 10_000
