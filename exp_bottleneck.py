@@ -5,6 +5,9 @@
     python exp_bottleneck.py --sweep fig3 --jobs 2                         both families and the sparse one beside them
     python exp_bottleneck.py --plot fig3
 
+Measured on CIFAR-10, base 8 (2 seeds, 10,000 images, 15 epochs, cosine), widths 8, 12, 18: linear 55.8, 57.5, 54.0 %,
+non-linear 65.6 (plain), 64.6, 63.8 %, sparse 65.6, 66.6, 68.9 %.
+
 Linear: each 3 x 3 convolution d_i -> d_o becomes a 3 x 3 one d_i -> d_b and a 1 x 1 one d_b -> d_o with nothing
 between, a factorisation of rank d_b of the (9 d_i) x d_o matrix. The narrowest member has d_b = min(d_i, d_o), and
 where d_o <= d_i it can compute what the plain network can; wider ones keep its number of weights by one common
@@ -158,7 +161,7 @@ def fig3_draw(points, metric):
     """A panel for each kind of bottleneck: accuracy over width, the plain network dashed, the sparse family dotted."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    figure = Figure(figsize=(13.5, 5.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     by_kind = {kind: lines([p for p in points if p.settings.kind == kind])
                for kind in ("sparse", "linear", "nonlinear")}
