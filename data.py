@@ -10,11 +10,16 @@ float copy of the data set, and measured faster for it. Every fault of a file is
 import gzip
 import hashlib
 import http.client
+import math
 import os
+import struct
 import tarfile
+import threading
+import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 import nn
+from files import FileFault, read_arrays, save_arrays, write_whole
 
 
 class DataError(Exception):
@@ -219,25 +225,11 @@ def reading(path, kind):
         raise DataError(f"{path} is not a whole {kind}: {reason}") from None
 
 
-@contextmanager
-def whole_or_not(path):
-    """A file open for writing that gets the name `path` only when everything is written and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_size(path, have, want, what):
     """Raise DataError unless a file has the number of bytes that its contents, `what`, make."""
     if have != want:
-        kind = "is cut short" if have < want else "goes on after its data"
-        raise DataError(f"{path} {kind}: {what} make {want:,} bytes, it has {have:,}")
+        kind = f"is cut short at {have:,} bytes" if have < want else "goes on after its data"
+        raise DataError(f"{path} {kind}: {what} make {want:,} bytes")
 
 
 def check_labels(path, labels, first, last):
@@ -273,7 +265,7 @@ def mnist(folder, mirrors=MNIST_MIRRORS):
     paths = {
         name: find_or_download(
             folder, ("mnist", ""), (name, name + ".gz"), mirrors,
-            verify=lambda path, md5=md5: hashlib.md5(read_bytes(path, 2**26)).hexdigest() == md5)
+            verify=lambda path, md5=md5: md5_of_contents(path) == md5)
         for name, md5 in MNIST_FILES.items()
     }
     train, test = (
@@ -283,41 +275,49 @@ def mnist(folder, mirrors=MNIST_MIRRORS):
     return normalized("mnist", 10, train, test, 0.1307, 0.3081)
 
 
-def read_bytes(path, limit):
-    """The contents of a plain or gzip file, at most `limit` bytes of them."""
+@contextmanager
+def unpacked(path):
+    """A plain or gzip file, open for reading what it holds; faults while it is read are DataErrors."""
     with reading(path, "gzip file"), open(path, "rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        return (gzip.GzipFile(fileobj=raw) if packed else raw).read(limit)
+        yield gzip.GzipFile(fileobj=raw) if packed else raw
 
 
-def read_idx(path, ndim):
-    """The uint8 array of an IDX file with this number of dimensions.
+def md5_of_contents(path, most=2**26):
+    """The MD5 of what a plain or gzip file holds; of the first `most` bytes and some more if it holds more."""
+    digest = hashlib.md5()
+    with unpacked(path) as file:
+        while file.tell() <= most and (block := file.read(2**16)):
+            digest.update(block)
+    return digest.hexdigest()
 
-    The format: 4 bytes 0, 0, 8 (unsigned bytes), ndim; ndim big-endian 32-bit sizes; the entries.
+
+def read_idx(path, shape):
+    """The uint8 array of an IDX file, which should have this shape; no more is read than it takes.
+
+    The format: 4 bytes 0, 0, 8 (unsigned bytes), number of dimensions; their big-endian 32-bit sizes; the entries.
     """
-    content = read_bytes(path, 2**30)
-    magic = bytes((0, 0, 8, ndim))
-    if content[:4] != magic:
-        raise DataError(f"{path} is not an IDX file of {ndim}-dimensional bytes: it begins with "
-                        f"{content[:4].hex(' ') or 'nothing'} instead of {magic.hex(' ')}")
-    header = 4 + 4 * ndim
-    if len(content) < header:
-        raise DataError(f"{path} ends within its header of {header} bytes")
-    shape = [int(n) for n in np.frombuffer(content, ">u4", ndim, 4)]
-    expected = header + int(np.prod(shape, dtype=object))
-    check_size(path, len(content), expected, f"{'x'.join(map(str, shape))} entries")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    magic, header, size = bytes((0, 0, 8, len(shape))), 4 + 4 * len(shape), math.prod(shape)
+    want = "x".join(map(str, shape))
+    with unpacked(path) as file:
+        head = file.read(header)
+        if head[:4] != magic:
+            raise DataError(f"{path} is not an IDX file of {len(shape)}-dimensional bytes: it begins with "
+                            f"{head[:4].hex(' ') or 'nothing'} instead of {magic.hex(' ')}")
+        if len(head) < header:
+            raise DataError(f"{path} ends within its header of {header} bytes")
+        have = "x".join(map(str, np.frombuffer(head, ">u4", offset=4)))
+        if have != want:
+            raise DataError(f"{path} holds {have} entries instead of {want}")
+        content = file.read(size + 1)  # one more, so that a gzip file's checksum is read and compared as well
+    check_size(path, header + len(content), header + size, f"{want} entries")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def read_idx_pair(images_path, labels_path, classes, shape):
     """Images (N, 1, H, W) of uint8, shape = (N, H, W), and labels (N,) of int64 that belong together."""
-    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-    if len(images) != len(labels):
-        raise DataError(f"{images_path} has {len(images):,} images but {labels_path} has {len(labels):,} labels")
-    if images.shape != shape:
-        have, want = ("x".join(map(str, s)) for s in (images.shape, shape))
-        raise DataError(f"{images_path} holds images of {have} instead of {want}")
+    images, labels = read_idx(images_path, shape), read_idx(labels_path, shape[:1])
     check_labels(labels_path, labels, 0, classes - 1)
     return images[:, None], labels.astype(np.int64)
 
@@ -363,7 +363,7 @@ def read_cifar(name, folder, mirrors, archive, unpacked, counts, label_bytes, cl
     if absent:
         packed = find_or_download(folder, ("", name), (archive,), mirrors,
                                   verify=lambda path: md5_of(path) == CIFAR_MD5[archive])
-        unpack(packed, absent, folder)
+        unpack(packed, absent, folder, most=sum(counts.values()) * record + HEADERS)
     *train, test = (read_records(find(folder, places, (file,)), n, label_bytes, classes) for file, n in counts.items())
     return [np.concatenate(parts) for parts in zip(*train)], test
 
@@ -375,33 +375,70 @@ def read_records(path, count, label_bytes, classes):
     record = label_bytes + 3 * 32 * 32
     with reading(path, "CIFAR file"), open(path, "rb") as file:
         check_size(path, os.fstat(file.fileno()).st_size, count * record, f"{count:,} records of {record:,} bytes")
-        records = np.fromfile(file, np.uint8).reshape(count, record)
+        records = np.fromfile(file, np.uint8, count * record).reshape(count, record)
     labels = records[:, label_bytes - 1].astype(np.int64)
     check_labels(path, labels, 0, classes - 1)
     return np.ascontiguousarray(records[:, label_bytes:]).reshape(count, 3, 32, 32), labels  # (N, 3072) -> images
 
 
-def unpack(archive, sizes, folder):
+HEADERS = 2**20  # bytes of headers and the like that an archive may have beside what is wanted of it
+
+
+class Guarded:
+    """A stream as tarfile wants it, whose headers and length are bounded and which goes forward only.
+
+    A header can claim any size, make itself longer and lead back: without this, memory and time are the archive's.
+    """
+
+    def __init__(self, stream, path, most):
+        self.stream, self.path, self.most, self.headers = stream, path, most, HEADERS
+
+    def tell(self):
+        return self.stream.tell()
+
+    def read(self, size):
+        if not 0 <= size <= self.headers:  # it can be negative, which would read on to the end
+            raise DataError(f"{self.path} holds more than {HEADERS:,} bytes of headers")
+        self.headers -= size
+        return self.stream.read(size)
+
+    def seek(self, place):
+        if not self.tell() - 1 <= place <= self.most:  # tarfile looks at the byte before each header
+            raise DataError(f"{self.path} holds a member that would end at byte {place:,} of {self.most:,}")
+        return self.stream.seek(place)
+
+
+def unpack(archive, sizes, folder, most):
     """Write these members of a tar.gz, {name: bytes}, to folder/name; no other member is read or written.
 
-    DataError unless each is there once, as a regular file of that size, and the archive is whole.
+    DataError unless each is there once, as a regular file of that size, and the archive is whole and holds no more
+    than `most` bytes.
     """
-    with reading(archive, "tar.gz file"), gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-        members = [member for member in tar if member.name in sizes]
-        while stream.read(2**20):  # to the end, where gzip keeps the checksum
-            pass
-        for name, size in sizes.items():
-            found = [member for member in members if member.name == name]
-            if len(found) != 1:
-                raise DataError(f"{archive} holds {len(found)} members called {name} instead of one")
-            if not found[0].isreg() or found[0].issparse():
-                raise DataError(f"{archive} holds {name} as a link, device or the like instead of a regular file")
-            if found[0].size != size:
-                raise DataError(f"{archive} holds {name} with {found[0].size:,} bytes instead of {size:,}")
-        contents = {member.name: tar.extractfile(member).read() for member in members}
+    contents = {}
+    with reading(archive, "tar.gz file"), gzip.open(archive) as stream:
+        with tarfile.open(fileobj=Guarded(stream, archive, most), mode="r:") as tar:
+            for member in tar:
+                if member.name not in sizes:
+                    continue
+                if member.name in contents:
+                    raise DataError(f"{archive} holds {member.name} more than once")
+                if not member.isreg() or member.issparse():
+                    raise DataError(f"{archive} holds {member.name} as a link, device or the like instead of a "
+                                    "regular file")
+                size = sizes[member.name]
+                if member.size != size:
+                    raise DataError(f"{archive} holds {member.name} with {member.size:,} bytes instead of {size:,}")
+                stream.seek(member.offset_data)
+                contents[member.name] = stream.read(size)
+        while stream.read(2**16):  # to the end, where gzip keeps the checksum
+            if stream.tell() > most:
+                raise DataError(f"{archive} holds more than {most:,} bytes")
+    absent = sizes.keys() - contents.keys()
+    if absent:
+        raise DataError(f"{archive} does not hold {min(absent)}")
     for name, content in contents.items():
-        with whole_or_not(Path(folder, name)) as file:
-            file.write(content)
+        Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(folder, name), content)
 
 
 def svhn(folder, mirrors=(SVHN_URL,)):
@@ -420,25 +457,105 @@ def svhn(folder, mirrors=(SVHN_URL,)):
 def read_mat(path, count):
     """Images (N, 3, 32, 32) and labels (N,) of an SVHN file: X (32, 32, 3, N) of uint8, y (N, 1) with 10 for digit 0.
     """
-    import scipy.io
-
     want = {"X": (32, 32, 3, count), "y": (count, 1)}
-    with reading(path, ".mat file"):  # the headers first: nothing is loaded before its size is known to be right
-        have = [(name, shape) for name, shape, _ in scipy.io.whosmat(path, appendmat=False) if name in want]
-        if sorted(have) != sorted(want.items()):
-            have, need = (" and ".join(f"{name} of {'x'.join(map(str, shape))}" for name, shape in pairs)
-                          for pairs in (have, want.items()))
-            raise DataError(f"{path} holds {have or 'neither X nor y'} instead of {need}")
-        arrays = scipy.io.loadmat(path, appendmat=False, variable_names=list(want))
-        images, labels = arrays["X"], arrays["y"]
-        if images.dtype != np.uint8 or labels.dtype.kind not in "uif":
-            raise DataError(f"{path} holds X of {images.dtype} and y of {labels.dtype} instead of uint8 and a number")
-        labels = labels.reshape(count)  # (N, 1) -> (N,)
+    arrays = [pair for pair in mat_variables(path, 32 * 32 * 3 * count + 8 * count + 2**16) if pair[0] in want]
+    have = [(name, getattr(array, "shape", ())) for name, array in arrays]
+    if sorted(have) != sorted(want.items()):
+        have, need = (" and ".join(f"{name} of {'x'.join(map(str, shape)) or 'no numbers'}" for name, shape in pairs)
+                      for pairs in (have, want.items()))
+        raise DataError(f"{path} holds {have or 'neither X nor y'} instead of {need}")
+    images, labels = map(dict(arrays).get, want)
+    if images.dtype != np.uint8:
+        raise DataError(f"{path} holds X of {images.dtype} instead of uint8")
+    labels = labels.reshape(count)  # (N, 1) -> (N,)
     check_labels(path, labels, 1, 10)
     return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10  # (H, W, C, N) -> images
 
 
+MAT_MATRIX, MAT_COMPRESSED = 14, 15
+MAT_NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
+MAT_TEXTS = {1: "latin1", 2: "latin1", 4: "utf-16-le", 16: "utf-8", 17: "utf-16-le"}
+
+
+def mat_variables(path, most):
+    """[(name, value)] of a MATLAB file, of level 5 as MATLAB 5 to 7 write it, that takes at most `most` bytes.
+
+    128 bytes of header, then elements, each a type, a size and a content; a variable is an element MATRIX or the zlib
+    stream of one. Written out here, as SciPy's reader takes the memory that a file claims.
+    """
+    with reading(path, ".mat file"), open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise DataError(f"{path} has more than {most:,} bytes, which its variables cannot need")
+        content, variables = memoryview(file.read()), []
+        if content[124:128] != b"\0\1IM":
+            raise ValueError("its header is none of MATLAB 5 to 7")
+        for kind, part in mat_elements(content[128:]):
+            if kind == MAT_COMPRESSED:
+                kind, part = mat_inflated(part, most)
+            most -= len(part)
+            if kind == MAT_MATRIX:
+                variables.append(mat_matrix(part))
+    return variables
+
+
+def mat_inflated(packed, most):
+    """(type, content) of the element in this zlib stream; ValueError if it claims more than `most` bytes."""
+    kind, size = struct.unpack("<II", zlib.decompressobj().decompress(packed[:1024], 8))
+    if size > most:
+        raise ValueError(f"a variable claims {size:,} bytes of {most:,} that are left")
+    stream = zlib.decompressobj()
+    content = stream.decompress(packed, 8 + size + 1)  # one more, so that the checksum is read and compared as well
+    if len(content) != 8 + size or not stream.eof:
+        raise ValueError("a variable is not as long as it says")
+    return kind, memoryview(content)[8:]
+
+
+def mat_elements(content):
+    """[(type, content)] of elements that follow each other; those of up to four bytes have a short header."""
+    found, at = [], 0
+    while at < len(content):
+        kind, size = struct.unpack("<II", content[at : at + 8].tobytes().ljust(8, b"\xff"))
+        short = kind >> 16
+        begin, size = (at + 4, short) if short else (at + 8, size)
+        if begin + size > len(content):
+            raise ValueError("an element is cut short")
+        kind &= 0xFFFF
+        found.append((kind, content[begin : begin + size]))
+        at = begin + size if kind == MAT_COMPRESSED else begin + size + -(begin + size) % 8
+    return found
+
+
+def mat_matrix(content):
+    """(name, value) of a matrix: its numbers as an array, its text, or of a table, MATLAB's struct, a list of
+    {field: value}; None for all else.
+    """
+    (_, flags), (_, shape), (_, name), *parts = mat_elements(content)
+    shape, name, kind = np.frombuffer(shape, "<i4").tolist(), bytes(name).decode("ascii"), flags[0]
+    if kind == 2:
+        (_, width), (_, fields), *parts = parts
+        width = int.from_bytes(width, "little")
+        fields = [bytes(fields[i : i + width]).split(b"\0")[0].decode("ascii") for i in range(0, len(fields), width)]
+        values = [mat_matrix(part)[1] for _, part in parts]
+        if len(values) != math.prod(shape) * len(fields):
+            raise ValueError(f"the table {name} has {len(values):,} entries")
+        rows = range(0, len(values), len(fields))
+        return name, [dict(zip(fields, values[i : i + len(fields)])) for i in rows]
+    if kind == 4:
+        ((kind, text),) = parts
+        return name, bytes(text).decode(MAT_TEXTS[kind])
+    if 6 <= kind <= 15:
+        ((kind, numbers),) = parts  # complex ones have two
+        return name, np.frombuffer(numbers, MAT_NUMBERS[kind]).reshape(shape, order="F")
+    return name, None
+
+
 # ---------------------------------------------------------------------------------------------- download
+
+
+LARGEST = 2**28  # bytes of a file that is downloaded
+PATIENCE = 60  # seconds after which an attempt is given up that has no answer, or in which
+SLOWEST = 600_000  # fewer bytes than this have come
+PIECE = 2**16  # an attempt that brought as much as this was not in vain
 
 
 def download(urls, path, verify):
@@ -451,13 +568,14 @@ def download(urls, path, verify):
     part = path.with_name(path.name + ".part")
     failures = []
     for url in urls:
-        in_vain = 0  # attempts that brought nothing; an attempt that was cut but brought something is free
+        in_vain = 0  # attempts that brought nothing or took too long; one that was cut but brought something is free
         while in_vain < 3:
             before = size_of(part)
             try:
                 continued = fetch(url, part)
                 if verify_quietly(verify, part):
-                    sync(part)
+                    with open(part, "rb") as file:
+                        os.fsync(file.fileno())
                     os.replace(part, path)
                     return
                 part.unlink()
@@ -465,11 +583,11 @@ def download(urls, path, verify):
                 if not continued:  # a whole file from this mirror is wrong, and would be again
                     break
                 in_vain += 1
-            except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
-                reason = str(getattr(error, "reason", error))
+            except (OSError, http.client.HTTPException, ValueError) as error:  # urllib's own errors are OSErrors
+                reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
                 if 400 <= getattr(error, "code", 0) < 500:  # the server knows that it has no such file
                     break
-                in_vain += size_of(part) <= before
+                in_vain += isinstance(error, TimeoutError) or size_of(part) < before + PIECE
         failures.append(f"{url}: {reason}")
     raise DataError(f"{path.name} could not be downloaded ({'; '.join(failures)}); "
                     f"put the file into {path.parent} yourself")
@@ -486,15 +604,24 @@ def verify_quietly(verify, path):
         return False
 
 
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https, and to http where http was asked for."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        if not url.startswith("https://") and not (url.startswith("http://") and request.type == "http"):
+            raise OSError(f"the server redirects to {url}")
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
 def fetch(url, part, timeout=20):
     """Download url to `part`, going on where an earlier attempt was cut; True if it did go on.
 
-    Raises OSError when the connection ends before the announced length.
+    Raises OSError when the connection ends before the announced length, TimeoutError when too little comes.
     """
     have = size_of(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
+        response = in_time(lambda: urllib.request.build_opener(Redirects).open(request, timeout=timeout))
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # the part is as long as the file, or longer: let the checksum decide
             return True
@@ -504,23 +631,44 @@ def fetch(url, part, timeout=20):
         if continued and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise OSError("the server sent another part of the file than was asked for")
         have = have if continued else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        total = None if response.length is None else have + response.length
+        if (total or 0) > LARGEST:
+            raise OSError(f"the server announces {total:,} bytes, more than {LARGEST:,}")
         with open(part, "ab" if continued else "wb") as file, tqdm(
             total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None, leave=False
         ) as bar:
-            while block := response.read(1 << 16):
+            begin, recent = time.monotonic(), 0
+            while file.tell() <= LARGEST and (block := response.read1(PIECE)):  # read() would wait for a whole piece
                 file.write(block)
                 bar.update(len(block))
+                recent += len(block)
+                if time.monotonic() - begin > PATIENCE:
+                    if recent < SLOWEST:
+                        raise TimeoutError(f"only {recent:,} bytes came in {PATIENCE} s")
+                    begin, recent = time.monotonic(), 0
     if total is not None and size_of(part) != total:
         raise OSError(f"the connection was cut after {size_of(part):,} of {total:,} bytes")
     return continued
 
 
-def sync(path):
-    """Flush a file's contents to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def in_time(call):
+    """call(), or TimeoutError after PATIENCE seconds, from when on its thread is left to itself.
+
+    The time limit of a connection is one for each packet: a server that sends its headers a byte at a time keeps it.
+    """
+    answer = Future()
+
+    def work():
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return answer.result(PATIENCE)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}" or f"no answer came in {PATIENCE} s") from None
 
 
 # ---------------------------------------------------------------------------------------------- synthetic
@@ -534,16 +682,18 @@ def synthetic(folder, side=28, channels=1, train=20_000, test=4_000, seed=0):
     Hard enough that the paper's base network (width 5) stays near 90 % and that wider ones visibly gain.
     """
     name = f"synthetic-{side}x{side}x{channels}-{train}-{test}-seed{seed}-v{SYNTHETIC_VERSION}"
-    path = Path(folder, f"{name}.npz")
+    path, count = Path(folder, f"{name}.npz"), train + test
     try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"]
-        if images.shape != (train + test, channels, side, side) or labels.shape != (train + test,):
-            raise ValueError
-    except Exception:  # absent, cut short or damaged in any way: make it again
-        images, labels = draw_digits(train + test, side, channels, seed)
-        with whole_or_not(path) as file:
-            np.savez(file, images=images, labels=labels)
+        arrays = read_arrays(path, most=count * (channels * side * side + 8) + 2**16)
+        images, labels = arrays["images"], arrays["labels"]
+        if [(a.shape, a.dtype) for a in (images, labels)] != [((count, channels, side, side), np.uint8),
+                                                              ((count,), np.int64)]:
+            raise FileFault("they are not the digits that were asked for")
+        check_labels(path, labels, 0, 9)
+    except (OSError, FileFault, KeyError, DataError):  # absent, cut short or damaged in any way: make it again
+        images, labels = draw_digits(count, side, channels, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save_arrays({"images": images, "labels": labels}))
     x = images[:train] / np.float32(255)
     train, test = (images[:train], labels[:train]), (images[train:], labels[train:])
     return normalized("synthetic", 10, train, test, x.mean(axis=(0, 2, 3)), x.std(axis=(0, 2, 3)))

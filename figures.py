@@ -4,6 +4,7 @@
     plot(experiment, "fig6", settings, "best", record=False)
 """
 
+import itertools
 import json
 import math
 import sys
@@ -120,8 +121,11 @@ def record_of(experiment, name, settings, runs, results, computed):
     """The small record of a figure: what was trained and what came out, one line a run; what was computed besides."""
     keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
             "final_train_acc", "epochs", "seconds")
-    rows = [{"data": s.data, "run": s.run_name(), **{k: r[k] for k in keep}} for s, r in zip(runs, results) if r]
-    made = {json.dumps(r["config"]["versions"]): r["config"]["versions"] for r in results if r}
+    configs = [r["config"] if r and isinstance(r.get("config"), dict) else {} for r in results]
+    rows = [{"data": s.data, "run": s.run_name(), **{k: r[k] for k in keep},
+             **({"ranks": ranks} if (ranks := config.get("ranks", [1])) != [1] else {})}  # that trained it
+            for s, r, config in zip(runs, results, configs) if r]
+    made = {json.dumps(config["versions"]): config["versions"] for config in configs if "versions" in config}
     head = {"figure": name, "shows": experiment.figures[name].help, "versions": list(made.values()),
             "command": plot_command(experiment, name, settings)} | ({"computed": computed} if computed else {})
     return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
@@ -154,13 +158,16 @@ def readable(read):
 
 def recorded_rows(path):
     """{(data set, run): its result} of a record in results/; FileFault names the line of a row that is none."""
-    record = read_json(path) or {"runs": []}
+    record = read_json(path)
+    if record is None:
+        return {}
     if not isinstance(record, dict) or not isinstance(record.get("runs"), list):
         raise FileFault(f"{path}: a record has a list of runs")
-    lines = path.read_text().split("\n") if path.exists() else []
-    first = next((i for i, line in enumerate(lines, 2) if line.strip().startswith('"runs"')), 0)  # the first row's line
+    lines = enumerate(path.read_bytes().split(b"\n"), 1)
+    lines = itertools.dropwhile(lambda line: not line[1].strip().startswith(b'"runs"'), lines)
+    numbers = (number for number, line in itertools.islice(lines, 1, None) if line.strip())  # of the rows, a line each
     rows = {}
-    for number, row in enumerate(record["runs"], first):
+    for row, number in zip(record["runs"], itertools.chain(numbers, itertools.repeat("?"))):
         readable(lambda: rows.update({row_key(row, f"{path}, line {number}"): row}))
     return rows
 
@@ -174,8 +181,9 @@ def row_key(row, where):
 
 def computed_for(experiment, name, settings, from_record):
     """What the figure shows beside runs: from the record if any run is, from OUT if it is there, else computed."""
-    if from_record:
-        return read_json(record_path(experiment, name, settings.data))["computed"]
+    recorded = read_json(record_path(experiment, name, settings.data)) if from_record else {}
+    if "computed" in recorded:
+        return recorded["computed"]
     path = Path(settings.out, experiment.name, settings.data, f"{name},seed={settings.seed}.json")
     computed = read_json(path)
     if computed is None:
@@ -191,8 +199,9 @@ def plot(experiment, name, settings, metric, record):
     results, from_record = collect(experiment, name, runs)
     missing = sum(r is None for r in results)
     if figure.trained and missing == len(runs):
-        recorded = read_json(record_path(experiment, name, settings.data))
-        hint = f", or draw the recorded ones: {recorded['command']}" if recorded else ""
+        recorded = readable(lambda: read_json(record_path(experiment, name, settings.data)))
+        hint = (f", or draw the recorded ones: {recorded['command']}"
+                if isinstance(recorded, dict) and "command" in recorded else "")
         raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}{hint}")
     if figure.trained and record and (missing or from_record):
         raise UsageError(f"--record needs all {len(runs)} runs of {name} in {settings.out}, but "

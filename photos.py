@@ -41,6 +41,7 @@ import conv
 import data
 import nn
 from data import DataError
+from files import FileFault, read_arrays, save_arrays, write_whole
 
 PIXELS = 100_000_000  # a header that claims more is not believed
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, less strict, which warns before it refuses
@@ -54,7 +55,7 @@ MARGIN = 2  # pixels that decoding at a lower resolution must leave in each dire
 
 # ---------------------------------------------------------------------------------------------- index
 
-CACHE, VERSION = "index.npz", 1
+CACHE, VERSION, LARGEST = "index.npz", 2, 2**28  # bytes of a cache: that of ImageNet takes 46 million
 
 
 def index(folder):
@@ -70,11 +71,11 @@ def index(folder):
     classes, signature, flat = survey(folder)
     names = [f"{part}_{what}" for part in ("train", "val") for what in ("names", "labels")]
     try:
-        with np.load(folder / CACHE, allow_pickle=False) as file:
-            arrays = [file[name] for name in names]
-            valid = str(file["signature"]) == signature
-        valid = valid and all(plausible(*pair, len(classes)) for pair in (arrays[:2], arrays[2:]))
-    except Exception:  # absent, or damaged in any way
+        cached = read_arrays(folder / CACHE, LARGEST)
+        arrays = [cached[name] for name in names]
+        valid = (np.array_equal(cached["signature"], signature)
+                 and all(plausible(*pair, len(classes)) for pair in (arrays[:2], arrays[2:])))
+    except (OSError, FileFault, KeyError):  # absent, or damaged in any way
         valid = False
     if not valid:
         with tqdm(total=len(classes) * (1 if flat else 2), desc=f"reading {folder}", disable=None, leave=False) as bar:
@@ -84,8 +85,8 @@ def index(folder):
                 arrays += [encoded(images), flat_labels(folder, images, classes)]
             else:
                 arrays += scan(folder / "val", classes, bar)
-        with suppress(OSError), data.whole_or_not(folder / CACHE) as file:  # a folder that cannot be written to
-            np.savez(file, signature=signature, **dict(zip(names, arrays)))
+        with suppress(OSError):  # a folder that cannot be written to
+            write_whole(folder / CACHE, save_arrays({"signature": signature, **dict(zip(names, arrays))}))
     arrays[1], arrays[3] = arrays[1].astype(np.int64), arrays[3].astype(np.int64)
     return classes, {"train": tuple(arrays[:2]), "val": tuple(arrays[2:])}, flat
 
@@ -157,6 +158,7 @@ def plausible(names, labels, classes):
 # ---------------------------------------------------------------------------------------------- labels of a flat val/
 
 TRUTH, META, SOLUTION = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "LOC_val_solution.csv"
+LABELS = 2**25  # bytes of a file of labels, of which the largest has 6 million
 
 
 def label_files(folder):
@@ -180,12 +182,20 @@ def flat_labels(folder, images, classes):
     """
     path, *meta = label_files(folder)
     with data.reading(path, "file of labels"):
+        if path.stat().st_size > LABELS:
+            raise DataError(f"{path} has more than {LABELS:,} bytes, too many for labels")
         if meta:
             of_id = synsets(meta[0])
             names = [of_id.get(int(line), f"number {int(line)}") for line in path.read_text().split()]
         else:
+            rows = {}
             with open(path, newline="") as file:
-                rows = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+                for row in (table := csv.DictReader(file)):
+                    name, answer = row["ImageId"], (row["PredictionString"] or "").split()
+                    if not answer or name in rows:
+                        raise DataError(f"{path}, line {table.line_num}: there is "
+                                        f"{'a second row' if answer else 'no class'} for {name!r}")
+                    rows[name] = answer[0]
             absent = [name for name in images if Path(name).stem not in rows]
             if absent:
                 raise DataError(f"{path} has no row for {folder / 'val' / absent[0]} ({len(absent):,} such images)")
@@ -203,11 +213,10 @@ def flat_labels(folder, images, classes):
 
 def synsets(path):
     """{ILSVRC2012_ID: WNID} of the devkit's meta.mat, leaves only."""
-    import scipy.io
-
     with data.reading(path, "meta.mat of the devkit"):
-        table = np.atleast_1d(scipy.io.loadmat(path, variable_names=["synsets"], squeeze_me=True)["synsets"])
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if 1 <= int(row["ILSVRC2012_ID"]) <= 1000}
+        table = dict(data.mat_variables(path, LABELS))["synsets"]
+        names = {row["ILSVRC2012_ID"].item(): row["WNID"] for row in table}
+        return {int(number): str(name) for number, name in names.items() if 1 <= number <= 1000}
 
 
 # ---------------------------------------------------------------------------------------------- one photograph
@@ -409,7 +418,7 @@ class Photos:
         most = -(-min(batch, len(order)) // part[1])  # rounded up
         memory = [np.empty((most, self.size, self.size, 3), np.uint8) for _ in range(AHEAD)]
         coming = deque()
-        pool = ThreadPoolExecutor(self.threads or cores(), thread_name_prefix="photos")
+        pool = ThreadPoolExecutor(self.threads or conv.threads()[0], thread_name_prefix="photos")
 
         def begin(pixels):
             for share in itertools.islice(shares, 1):
@@ -456,11 +465,6 @@ class Photos:
         return self.train_index[np.argsort(turn)]
 
 
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def normalised(pixels):
     """(N, H, W, 3) of uint8 on the host -> (N, 3, H, W) of float32 of nn.xp, in the order that convolutions want."""
     scale, shift = (1 / (255 * np.array(STD))).astype(np.float32), (-np.array(MEAN) / STD).astype(np.float32)
@@ -483,8 +487,8 @@ NAMES = ("imagenet", "imagenet-256", "synthetic")
 def load(name, folder, size=224, threads=0, tolerated=0.01):
     """The data set of this name: the trees folder/imagenet and folder/imagenet-256 (see `prepare`), or `synthetic`.
 
-    size: of the images that a network sees. threads: decoders, 0 for as many as there are cores. tolerated: the share
-    of either half's files that may be unreadable.
+    size: of the images that a network sees. threads: decoders, 0 for as many as this process has cores. tolerated: the
+    share of either half's files that may be unreadable.
     """
     if name not in NAMES:
         raise DataError(f"no data set of photographs is called {name!r}; there are {', '.join(NAMES)}")
@@ -495,8 +499,8 @@ def load(name, folder, size=224, threads=0, tolerated=0.01):
                         f"with the devkit beside it")
     state = marked(tree)
     if name == "imagenet-256" and state is None or state and not state["finished"]:
-        raise DataError(f'{tree} is no finished copy; python -c "import photos; photos.prepare('
-                        f"'{Path(folder, 'imagenet')}', '{tree}')\" makes it or goes on with it")
+        raise DataError(f"{tree} is no finished copy of {Path(folder, 'imagenet')}; --prepare makes it or goes on "
+                        "with it")
     return of_tree(name, tree, size, threads, tolerated)
 
 
@@ -531,8 +535,7 @@ def marked(folder):
 
 
 def mark(folder, side, finished):
-    with data.whole_or_not(Path(folder, MARKER)) as file:
-        file.write(json.dumps({"side": side, "finished": finished}).encode())
+    write_whole(Path(folder, MARKER), json.dumps({"side": side, "finished": finished}))
 
 
 def prepare(folder, target, side=256, threads=0, tolerated=0.01):
@@ -621,7 +624,7 @@ def in_threads(work, count, threads, description, done=lambda result: None):
                     done(result)
                     bar.update()
 
-        threads = threads or cores()
+        threads = threads or conv.threads()[0]
         with ThreadPoolExecutor(threads) as pool:
             try:
                 for worked in as_completed([pool.submit(worker) for _ in range(threads)]):

@@ -2,10 +2,12 @@
 random crops and flips, the thread that prepares them.
 """
 
+import contextlib
 import gzip
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import re
 import struct
@@ -15,6 +17,7 @@ import tarfile
 import threading
 import time
 import types
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +76,12 @@ BROKEN = {
     "labels for images": (FILES["train-labels-idx1-ubyte"], "begins with 00 00 08 01"),
     "html": (b"<html>not found</html>", "begins with 3c 68 74 6d"),
     "header": (WHOLE[:9], "ends within its header of 16 bytes"),
-    "truncated": (WHOLE[:-1], "is cut short: 20x28x28 entries make 15,696 bytes, it has 15,695"),
+    "truncated": (WHOLE[:-1], "is cut short at 15,695 bytes: 20x28x28 entries make 15,696 bytes"),
     "too long": (WHOLE + b"\0", "goes on after its data"),
-    "huge claim": (b"\x00\x00\x08\x03" + struct.pack(">3I", 2**31, 2**31, 2**31), "is cut short"),
-    "no images": (idx(np.zeros((0, 28, 28))), "has 20 labels"),
-    "other size": (idx(np.zeros((20, 14, 14))), "holds images of 20x14x14 instead of 20x28x28"),
+    "huge claim": (b"\x00\x00\x08\x03" + struct.pack(">3I", 2**31, 28, 28),
+                   "holds 2147483648x28x28 entries instead of 20x28x28"),
+    "no images": (idx(np.zeros((0, 28, 28))), "holds 0x28x28 entries instead of 20x28x28"),
+    "other size": (idx(np.zeros((20, 14, 14))), "holds 20x14x14 entries instead of 20x28x28"),
 }
 
 
@@ -96,7 +100,7 @@ def test_broken_labels_and_gzip_are_named(tmp_path):
     with pytest.raises(data.DataError, match="train-labels-idx1-ubyte has label 11 at position 7"):
         data.load("mnist", tmp_path)
     write_files(tmp_path, train_labels_idx1_ubyte=idx(LABELS[:-1]))
-    with pytest.raises(data.DataError, match="has 20 images but .* has 19 labels"):
+    with pytest.raises(data.DataError, match="train-labels-idx1-ubyte holds 19 entries instead of 20"):
         data.load("mnist", tmp_path)
     write_files(tmp_path / "cut", packed=True)
     path = tmp_path / "cut" / "t10k-images-idx3-ubyte.gz"
@@ -195,9 +199,9 @@ def test_cifar100_has_its_fine_labels(tmp_path):
 
 WHOLE_BATCH = CIFAR10[FIRST]
 BROKEN_RECORDS = {
-    "empty": (b"", "is cut short: 4 records of 3,073 bytes make 12,292 bytes, it has 0"),
-    "cut": (WHOLE_BATCH[:-1], "is cut short: 4 records of 3,073 bytes make 12,292 bytes, it has 12,291"),
-    "long": (WHOLE_BATCH + b"x", "goes on after its data: 4 records of 3,073 bytes make 12,292 bytes, it has 12,293"),
+    "empty": (b"", "is cut short at 0 bytes: 4 records of 3,073 bytes make 12,292 bytes"),
+    "cut": (WHOLE_BATCH[:-1], "is cut short at 12,291 bytes: 4 records of 3,073 bytes make 12,292 bytes"),
+    "long": (WHOLE_BATCH + b"x", "goes on after its data: 4 records of 3,073 bytes make 12,292 bytes"),
     "label": (WHOLE_BATCH[: 2 * 3073] + b"\x0a" + WHOLE_BATCH[2 * 3073 + 1 :],
               "has label 10 at position 2, but labels go from 0 to 9"),
 }
@@ -218,7 +222,7 @@ def test_a_folder_in_place_of_a_file_and_too_large_a_file(tmp_path, monkeypatch)
     path = tmp_path / FIRST
     with open(path, "wb") as file:
         file.truncate(2**40)  # a sparse terabyte: its size is looked at before any of it is read
-    with pytest.raises(data.DataError, match="data_batch_1.bin goes on after its data: .* has 1,099,511,627,776"):
+    with pytest.raises(data.DataError, match="data_batch_1.bin goes on after its data: .* make 12,292 bytes"):
         data.load("cifar10", tmp_path)
     path.unlink()
     path.mkdir()
@@ -268,10 +272,10 @@ HOSTILE = {
     "fifo": (tar_gz(changed(link(tarfile.FIFOTYPE))), NO_FILE),
     "folder": (tar_gz(changed(link(tarfile.DIRTYPE))), NO_FILE),
     "sparse": (tar_gz(changed(SPARSE)), NO_FILE),
-    "twice": (tar_gz([*CIFAR10.items(), (FIRST, WHOLE_BATCH)]), f"holds 2 members called {FIRST} instead of one"),
-    "absent": (tar_gz(list(CIFAR10.items())[1:]), f"holds 0 members called {FIRST} instead of one"),
+    "twice": (tar_gz([*CIFAR10.items(), (FIRST, WHOLE_BATCH)]), f"holds {FIRST} more than once"),
+    "absent": (tar_gz(list(CIFAR10.items())[1:]), f"does not hold {FIRST}"),
     "outside": (tar_gz([("../" + FIRST, WHOLE_BATCH), ("/" + FIRST, WHOLE_BATCH), *list(CIFAR10.items())[1:]]),
-                f"holds 0 members called {FIRST} instead of one"),
+                f"does not hold {FIRST}"),
     "small": (tar_gz(changed(WHOLE_BATCH[:-1])), f"holds {FIRST} with 12,291 bytes instead of 12,292"),
     "large": (tar_gz(changed(bytes(2**24))), f"holds {FIRST} with 16,777,216 bytes instead of 12,292"),
     "no gzip": (b"<html>not found</html>", "is not a whole tar.gz file: Not a gzipped file"),
@@ -308,10 +312,10 @@ def test_members_that_are_not_wanted_are_not_written(tmp_path):
 def test_unpacking_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     write_all(tmp_path, {ARCHIVE: tar_gz(CIFAR10.items())})
 
-    def full(path):
+    def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         data.load("cifar10", tmp_path)
     assert files_in(tmp_path) == [ARCHIVE]
@@ -340,12 +344,15 @@ def test_svhn(tmp_path, sub, dtype):
 
 
 MAT = mat()
+PACKED = struct.unpack_from("<I", MAT, 132)[0]  # bytes of X
 NEED = " instead of X of 32x32x3x20 and y of 20x1"
 BROKEN_MAT = {
     "empty": (b"", "is not a whole .mat file"),
     "html": (b"<html>not found</html>" * 20, "is not a whole .mat file"),
     "HDF5": (b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400), "is not a whole .mat file"),
-    "cut": (MAT[: len(MAT) // 2], "holds X of 32x32x3x20" + NEED),
+    "cut": (MAT[: len(MAT) // 2], "is not a whole .mat file: an element is cut short"),
+    "X without its end": (MAT[:132] + struct.pack("<I", PACKED - 2) + MAT[136 : 134 + PACKED] + MAT[136 + PACKED :],
+                          "is not a whole .mat file: a variable is not as long as it says"),
     "cut in y": (MAT[:-3], "is not a whole .mat file"),
     "y first, cut in X": (mat(y_first=True)[:-3], "is not a whole .mat file"),
     "header only": (MAT[:128], "holds neither X nor y" + NEED),
@@ -356,8 +363,8 @@ BROKEN_MAT = {
     "labels in a row": (mat(y=np.ones((1, 20))), "holds X of 32x32x3x20 and y of 1x20" + NEED),
     "images first": (mat(X=COLOURED[:20]), "holds X of 20x3x32x32 and y of 20x1" + NEED),
     "X twice": (MAT + mat(y=None)[128:], "holds X of 32x32x3x20 and y of 20x1 and X of 32x32x3x20" + NEED),
-    "float images": (mat(images=COLOURED / 255), "holds X of float64 and y of int64 instead of uint8 and a number"),
-    "text": (mat(y=np.array([["a"]] * 20, object)), "holds X of uint8 and y of object instead of uint8 and a number"),
+    "float images": (mat(images=COLOURED / 255), "is not a whole .mat file: a variable claims 491,576 bytes of"),
+    "text": (mat(y=np.array([["a"]] * 20, object)), "holds X of 32x32x3x20 and y of no numbers" + NEED),
     "label 0": (mat(labels=CLASS[:, None].astype(np.uint8)), "has label 0 at position 0, but labels go from 1 to 10"),
     "label 11": (mat(labels=np.arange(24)[:, None] % 12 + 0.0 + (np.arange(24) == 0)[:, None]), "has label 11"),
     "fraction": (mat(labels=np.full((24, 1), 2.5)), "has label 2.5 at position 0, but labels go from 1 to 10"),
@@ -405,7 +412,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.files = [], {}
+        self.requests, self.files, self.ended = [], {}, threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def url(self, manner, name="file.gz"):
@@ -417,11 +424,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        with contextlib.suppress(ConnectionError):  # of a client that gave up
+            self.answer()
+
+    def answer(self):
         _, manner, name = self.path.split("/")
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.server.requests.append((manner, start))
-        if manner == "missing":
-            return self.send_error(404)
+        refused = {"missing": 404, "forbidden": 403, "unavailable": 503}
+        if manner in refused:
+            return self.send_error(refused[manner])
+        redirects = {"moved": f"/good/{name}", "ftp": "ftp://127.0.0.1/x", "file": "file:///etc/passwd",
+                     "loop": self.path, "elsewhere": f"http://localhost:{self.server.server_port}/html/{name}",
+                     "nonsense": "http://[", "no_port": "http://127.0.0.1:x/", "data": "data:,hello"}
+        if manner in redirects:
+            self.send_response(302)
+            self.send_header("Location", redirects[manner])
+            return self.end_headers()
+        if manner == "silent":
+            return self.server.ended.wait()
         if manner == "garbage":
             return self.wfile.write(b"this is no HTTP\r\n\r\n")
         content = self.server.files.get(name, CONTENT)
@@ -429,29 +450,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
         if manner == "html":
             content = b"<html>please log in</html>"
+        if manner == "empty":
+            content = b""
         if manner == "norange":
             start = 0
-        if start >= len(content):
+        if start and start >= len(content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+        length = {"longer": len(content) - start + 9, "shorter": len(content) - start - 9, "absurd": 2**60,
+                  "negative": -5, "wordy": "many"}.get(manner, len(content) - start)
+        if manner not in ("endless", "unsaid"):
+            self.send_header("Content-Length", str(length))
+        if manner == "slow_headers":
+            self.flush_headers()
+            while not self.server.ended.wait(0.05):
+                self.wfile.write(b"X-Wait: 1\r\n")
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         stop = start + 100_000 if manner in ("cut", "norange" if len(self.server.requests) == 1 else "") else None
-        self.wfile.write(content[start:stop])
+        if manner == "stall":
+            self.wfile.write(content[start : start + 50])
+            self.server.ended.wait()
+        elif manner == "trickle":
+            for i in range(start, len(content)):
+                if self.server.ended.wait(0.02):
+                    break
+                self.wfile.write(content[i : i + 1])
+        elif manner == "endless":
+            with contextlib.suppress(OSError):  # of whoever has had enough
+                while not self.server.ended.is_set():
+                    self.wfile.write(bytes(2**16))
+        else:
+            self.wfile.write(content[start:stop])
 
 
 @pytest.fixture
 def server():
     server = Server()
     yield server
+    server.ended.set()
     server.shutdown()
     server.server_close()
 
 
 def whole(path):
-    return hashlib.md5(data.read_bytes(path, 2**30)).digest() == hashlib.md5(gzip.decompress(CONTENT)).digest()
+    return data.md5_of_contents(path) == hashlib.md5(gzip.decompress(CONTENT)).hexdigest()
 
 
 @pytest.mark.parametrize("manners", [["good"], ["missing", "good"], ["flipped", "good"], ["html", "good"],
@@ -463,6 +507,91 @@ def test_download_ends_with_the_verified_file(tmp_path, server, manners):
     assert [p.name for p in path.parent.iterdir()] == ["file.gz"]
     if manners == ["cut"]:  # 300,000 bytes in pieces of 100,000, each going on where the last was cut
         assert [start for _, start in server.requests] == [0, 100_000, 200_000, 300_000]
+
+
+FAULTS = {  # manner: what is said of it, requests
+    "forbidden": ("Forbidden", 1),
+    "missing": ("Not Found", 1),
+    "unavailable": ("Service Unavailable", 3),
+    "html": ("wrong checksum", 1),
+    "empty": ("wrong checksum", 1),
+    "flipped": ("wrong checksum", 1),
+    "shorter": ("wrong checksum", 1),
+    "ftp": ("the server redirects to ftp://127.0.0.1/x", 3),
+    "file": ("Redirection to url 'file:///etc/passwd' is not allowed", 3),
+    "data": ("Redirection to url 'data:,hello' is not allowed", 3),
+    "elsewhere": ("wrong checksum", 2),
+    "loop": ("infinite loop", None),
+    "nonsense": ("Invalid IPv6 URL", 3),
+    "no_port": ("nonnumeric port", 3),
+    "absurd": ("the server announces 1,152,921,504,606,846,976 bytes, more than 1,000,000", 3),
+    "endless": ("wrong checksum", 1),
+    "garbage": ("BadStatusLine|this is no HTTP", 3),
+    "silent": ("timed out|no answer came", 3),
+    "stall": ("timed out", 3),
+    "slow_headers": ("no answer came in 0.4 s", 3),
+    "trickle": ("bytes came in 0.4 s", 3),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_fails_is_given_up_for_the_next(tmp_path, server, monkeypatch, fault):
+    fetch = data.fetch
+    monkeypatch.setattr(data, "fetch", lambda url, part: fetch(url, part, timeout=0.3))
+    monkeypatch.setattr(data, "PATIENCE", 0.4)
+    monkeypatch.setattr(data, "LARGEST", 1_000_000)
+    path, begin, (says, requests) = tmp_path / "file.gz", time.monotonic(), FAULTS[fault]
+    with pytest.raises(data.DataError, match=says) as error:
+        data.download([server.url(fault)], path, whole)
+    assert time.monotonic() - begin < 10 and not path.exists() and "\n" not in str(error.value)
+    assert requests in (None, len(server.requests))
+    assert data.size_of(tmp_path / "file.gz.part") < 2_000_000
+    data.download([server.url(fault), server.url("good")], path, whole)
+    assert path.read_bytes() == CONTENT and [p.name for p in tmp_path.iterdir()] == ["file.gz"]
+
+
+def test_a_server_that_stalls_is_given_up_however_much_it_brought(tmp_path, server, monkeypatch):
+    fetch = data.fetch
+    monkeypatch.setattr(data, "fetch", lambda url, part: fetch(url, part, timeout=0.2))
+    monkeypatch.setattr(data, "PIECE", 10)
+    with pytest.raises(data.DataError, match="timed out"):
+        data.download([server.url("stall")], tmp_path / "file.gz", whole)
+    assert [start for _, start in server.requests] == [0, 50, 100]
+
+
+@pytest.mark.parametrize("manner", ["moved", "longer", "unsaid", "negative", "wordy"])
+def test_a_server_that_is_odd_is_borne_with(tmp_path, server, manner):
+    data.download([server.url(manner)], tmp_path / "file.gz", whole)
+    assert (tmp_path / "file.gz").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("asked, url, followed", [
+    ("https://a/x", "https://b/x", True), ("http://a/x", "https://b/x", True), ("http://a/x", "http://b/x", True),
+    ("https://a/x", "http://a/x", False), ("https://a/x", "ftp://a/x", False), ("http://a/x", "//a/x", False)])
+def test_redirects_do_not_lead_from_https_to_http(asked, url, followed):
+    request = urllib.request.Request(asked, headers={"Range": "bytes=5-"})
+    if followed:
+        again = data.Redirects().redirect_request(request, None, 302, "Found", {}, url)
+        assert again.full_url == url and again.headers == request.headers
+    else:
+        with pytest.raises(OSError, match=f"redirects to {url}"):
+            data.Redirects().redirect_request(request, None, 302, "Found", {}, url)
+
+
+def test_a_slow_server_is_borne_with_as_long_as_enough_comes(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(data, "PATIENCE", 0.1)
+    monkeypatch.setattr(data, "SLOWEST", 3)
+    server.files["file.gz"] = gzip.compress(bytes(200))
+    path = tmp_path / "file.gz"
+    data.download([server.url("trickle")], path, lambda path: path.read_bytes() == server.files["file.gz"])
+    assert server.requests == [("trickle", 0)]
+
+
+def test_pieces_too_small_to_get_anywhere_end_it(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 100_001)
+    with pytest.raises(data.DataError, match="the connection was cut after 300,000 of"):
+        data.download([server.url("cut")], tmp_path / "file.gz", whole)
+    assert (tmp_path / "file.gz.part").read_bytes() == CONTENT[:300_000]
 
 
 def test_download_goes_on_with_an_earlier_part_or_drops_a_wrong_one(tmp_path, server):

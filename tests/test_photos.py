@@ -22,6 +22,7 @@ from PIL import Image, ImageFile, ImageOps
 
 import conv
 import data
+import files
 import nn
 import photos
 
@@ -220,12 +221,22 @@ def test_flat_val_with_kaggles_table(tmp_path):
     (lambda f: write_devkit(f, truth=(7, 1, 1000, 1, 1001)), "names the class number 1001, which is no folder of"),
     (lambda f: write_devkit(f, wnids=("n0", "n2", "n9", "n8", "n2")), "names the class n9, which is no folder of"),
     (lambda f: write_devkit(f, truth=("x",) * 5), "is not a whole file of labels: invalid literal"),
-    (lambda f: (write_devkit(f), (f / "meta.mat").write_bytes(b"MATLAB")), "meta.mat is not a whole meta.mat"),
+    (lambda f: (write_devkit(f), (f / "meta.mat").write_bytes(b"MATLAB")), "meta.mat is not a whole .mat file"),
     (lambda f: write_solution(f, rows=[(1, "n0"), (2, "n0"), (3, "n0"), (5, "n0"), (6, "n0")]),
      f"{photos.SOLUTION} has no row for {{val}}/ILSVRC2012_val_00000004.JPEG (1 such images)"),
     (lambda f: write_solution(f, rows=[(i, "n0") for i in range(1, 8)]), "labels for 7 images, but {val} holds 5"),
     (lambda f: write_solution(f, rows=[(i, "n5") for i in range(1, 6)]), "names the class n5, which is no folder of"),
     (lambda f: write_solution(f, head="Id,Label"), "is not a whole file of labels: 'ImageId'"),
+    (lambda f: write_solution(f, rows=[*ROWS, ROWS[1]]),
+     f"{photos.SOLUTION}, line 7: there is a second row for 'ILSVRC2012_val_00000001'"),
+    (lambda f: (f / photos.SOLUTION).write_text("ImageId,PredictionString\na,n0\n\"b\nc\"\n"),
+     f"{photos.SOLUTION}, line 4: there is no class for 'b\\nc'"),
+    (lambda f: (f / photos.SOLUTION).write_text("ImageId,PredictionString\na, \n"), "line 2: there is no class for"),
+    (lambda f: (write_devkit(f), os.truncate(f / "meta.mat", 2**40)), "meta.mat has more than 33,554,432 bytes"),
+    (lambda f: (write_devkit(f), os.truncate(f / photos.TRUTH, 2**40)), "has more than 33,554,432 bytes, too many"),
+    (lambda f: write_devkit(f, wnids=("n0", "n2", 3.0, "n8", "n2")), "names the class [[3.]], which is no folder of"),
+    (lambda f: (write_devkit(f), scipy.io.savemat(f / "meta.mat", {"synsets": np.eye(2)})), "is not a whole meta.mat"),
+    (lambda f: (write_devkit(f), scipy.io.savemat(f / "meta.mat", {"other": np.eye(2)})), "of the devkit: 'synsets'"),
 ])
 def test_labels_that_do_not_fit_are_refused_in_a_sentence(tmp_path, fault, message):
     fault(flat_tree(tmp_path))
@@ -258,8 +269,7 @@ def test_index_is_read_once(tree, scans):
         for a, b in zip(first[1][half], second[1][half]):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype and a.dtype.kind in "Si"  # no object for each file
-    with np.load(tree / photos.CACHE, allow_pickle=False) as file:
-        assert not [name for name in file.files if file[name].dtype == object]
+    assert len(files.load_arrays((tree / photos.CACHE).read_bytes())) == 5
     assert sorted(path.name for path in tree.iterdir()) == [photos.CACHE, "train", "val"]
 
 
@@ -286,10 +296,9 @@ def test_index_follows_renamed_classes(tree, scans):
 
 def damaged(change):
     def damage(path):
-        with np.load(path) as file:
-            arrays = dict(file)
+        arrays = files.load_arrays(path.read_bytes())
         change(arrays)
-        np.savez(path, **arrays)
+        path.write_bytes(files.save_arrays(arrays))
     return damage
 
 
@@ -321,6 +330,8 @@ DAMAGES = {
     "names in a table": damaged(lambda a: a.update(train_names=a["train_names"][None])),
     "nothing": damaged(lambda a: a.update(val_names=a["val_names"][:0], val_labels=a["val_labels"][:0])),
     "objects": damaged(lambda a: a.update(train_names=a["train_names"].astype(object))),
+    "not sealed": lambda path: np.savez(path, **files.load_arrays(path.read_bytes())),
+    "too large": lambda path: os.truncate(path, 2**40),
 }
 
 
@@ -337,10 +348,10 @@ def test_damaged_cache_is_not_trusted(tree, scans, damage):
 
 
 def test_folder_that_cannot_be_written_to(tree, monkeypatch):
-    def refused(path):
+    def refused(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(data, "whole_or_not", refused)
+    monkeypatch.setattr(photos, "write_whole", refused)
     assert len(opened(tree).train_labels) == 12 and not (tree / photos.CACHE).exists()
 
 
@@ -876,7 +887,7 @@ def test_copy_that_was_cut_goes_on(large, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         photos.prepare(large, target, side=32, threads=1)
     monkeypatch.undo()
-    with pytest.raises(data.DataError, match="imagenet-256 is no finished copy; .*prepare.* goes on with it"):
+    with pytest.raises(data.DataError, match="imagenet-256 is no finished copy of .*--prepare makes it or goes on"):
         photos.load("imagenet-256", tmp_path)
     for path, damage in zip(done, (b"", done[1].read_bytes()[:-20] + bytes(20), None)):  # as after a power cut
         if damage is not None:
@@ -934,7 +945,7 @@ def test_copies_that_cannot_be_made(large, tmp_path):
 def test_load_says_what_to_put_where(tmp_path):
     with pytest.raises(data.DataError, match="imagenet/train is not there: ImageNet .* account"):
         photos.load("imagenet", tmp_path)
-    with pytest.raises(data.DataError, match="imagenet-256 is no finished copy.*photos.prepare"):
+    with pytest.raises(data.DataError, match="imagenet-256 is no finished copy.*--prepare"):
         photos.load("imagenet-256", tmp_path)
     with pytest.raises(data.DataError, match="'imagenot'; there are imagenet, imagenet-256, synthetic"):
         photos.load("imagenot", tmp_path)
