@@ -23,7 +23,7 @@ import nn
 # How many processes the launcher started: MPICH, Intel MPI and Slurm's pmi2; Open MPI; MVAPICH; Slurm's pmix
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 BUCKET = 2**22  # bytes added up at a time: the sum of one bucket runs while the next is put together
-LOOK_EVERY = 0.01  # seconds between looks at whether something has arrived; MPI's own waiting keeps a core busy
+POLL_EVERY = 0.01  # seconds between looks at whether something has arrived; MPI's own waiting keeps a core busy
 
 
 class JobError(Exception):
@@ -31,27 +31,29 @@ class JobError(Exception):
 
 
 class Alone:
-    """A job of one process. With several, Ranks does what the docstrings say."""
+    """A job of one process. With several, Ranks does what the docstrings say; all ranks must call each method."""
 
     rank, size = 0, 1
     part = property(lambda self: (self.rank, self.size))  # what data sets take to find this rank's examples
 
     def use_own_gpu(self):
-        """Compute on one of this machine's GPUs, if on any; its ranks take them in turn."""
+        """Compute on a GPU of this machine that no other rank uses, if on any."""
 
     def sum(self, *values):
         """Each of these numbers added up over all ranks."""
         return values
 
-    def sum_when_ready(self, value):
-        """The same for one number, where ranks may wait long for each other."""
-        return value
+    def sum_when_ready(self, *values):
+        """The same, where ranks may wait long for each other."""
+        return values
 
-    def average(self, model, weight):
-        """Replace gradients and running estimates by their means over ranks; `weight`: this rank's part of a batch."""
+    def average(self, model, share):
+        """Replace gradients and running estimates by their means over ranks; share: this rank's part of the batch, 0
+        if it has no example of it.
+        """
 
-    def check_same(self, model, when):
-        """Raise JobError unless all ranks hold the same weights, masks and estimates, to the bit."""
+    def check_same(self, when, what, *arrays):
+        """Raise JobError unless these arrays are the same on all ranks, to the bit."""
 
     def broadcast(self, value):
         """Rank 0's value, on all ranks."""
@@ -62,7 +64,9 @@ class Alone:
         return work()
 
     def hand_out(self, count):
-        """The numbers below count, in order, each to one rank: to whichever asks next."""
+        """A generator of numbers below count, in order, each given to one rank: to whichever asks next. A rank that
+        closes it takes no more, and no rank is given any after that.
+        """
         yield from range(count)
 
     def abort(self, code):
@@ -79,35 +83,40 @@ class Ranks(Alone):
         self.local = comm.Split_type(MPI.COMM_TYPE_SHARED)  # the ranks of this machine
 
     def use_own_gpu(self):
-        if nn.xp is not np:
-            cuda = nn.xp.cuda
-            cuda.Device(self.local.rank % cuda.runtime.getDeviceCount()).use()
+        if nn.xp is np:
+            return
+        gpus = nn.xp.cuda.runtime.getDeviceCount()
+        if self.local.size > gpus:
+            raise JobError(f"{self.local.size} processes were started on a machine with {gpus} GPUs; start one a GPU")
+        nn.xp.cuda.Device(self.local.rank).use()
 
     def sum(self, *values):
         total = np.array([float(v) for v in values])
         self.comm.Allreduce(self.mpi.IN_PLACE, total)
         return tuple(total.tolist())
 
-    def sum_when_ready(self, value):
+    def sum_when_ready(self, *values):
         self.pause(self.comm.Ibarrier())
-        return self.sum(value)[0]
+        return self.sum(*values)
 
-    def average(self, model, weight):
-        pieces = []  # (array, its entries that count) of everything to be averaged, flat
+    def average(self, model, share):
+        pieces = []  # (array, which of its entries) of everything to be averaged, flat; masked entries stay at home
         for p in model.parameters():
             p.grad = nn.xp.zeros_like(p.data) if p.grad is None else nn.xp.ascontiguousarray(p.grad)
-            pieces.append((p.grad.reshape(-1), slice(None) if p.kept is None else p.kept))
+            kept = p.kept if p.kept is not None else slice(None) if p.mask is None else p.mask.reshape(-1)
+            pieces.append((p.grad.reshape(-1), kept))
         pieces += [(array.reshape(-1), slice(None)) for _, array in model.named_arrays(nn.xp.ndarray)]
-        pending = None
-        for bucket in buckets(pieces):
-            total = nn.xp.concatenate([array[part] for array, part in bucket])
-            total *= weight
-            pending, before = (bucket, total, self.start_sum(total)), pending
-            put_back(before)
-        put_back(pending)
+        pending = []  # the bucket whose sum runs while the next one is put together
+        for places, total in buckets(pieces):
+            total *= share
+            pending.append((places, total, self.start_sum(total)))
+            if len(pending) > 1:
+                put_back(*pending.pop(0))
+        for bucket in pending:
+            put_back(*bucket)
 
     def start_sum(self, array):
-        """Begin to add up `array` over ranks, in place; what it returns has wait()."""
+        """Begin to add up `array` over ranks, in place; returns what to wait() for, or None."""
         if nn.xp is np:
             return self.comm.Iallreduce(self.mpi.IN_PLACE, array)
         self.nccl.all_reduce(array, array)  # in the order of the stream: nothing to wait for
@@ -119,16 +128,16 @@ class Ranks(Alone):
 
         return NCCLBackend(self.size, self.rank, use_mpi=True)
 
-    def check_same(self, model, when):
+    def check_same(self, when, what, *arrays):
         digest = hashlib.sha256()
-        for name, array in model.state_dict().items():
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        for array in map(nn.to_host, arrays):
+            digest.update(f"{array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         digests = self.comm.allgather(digest.digest())
         other = [rank for rank, d in enumerate(digests) if d != digests[0]]
         if other:
-            raise JobError(f"{when} the network of rank {other[0]} is not that of rank 0; all ranks need the same "
-                           "versions of this code, of NumPy and of the data")
+            raise JobError(f"{when} rank {other[0]} does not have the {what} of rank 0; all ranks need the same "
+                           "versions of this code, of NumPy and of the data, and the same kind of device")
 
     def broadcast(self, value):
         self.pause(self.comm.Ibarrier())  # rank 0 may have worked for long
@@ -143,76 +152,104 @@ class Ranks(Alone):
     def pause(self, request):
         """Wait for a request without keeping a core busy."""
         while not request.Test():
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_EVERY)
 
     def hand_out(self, count):
-        comm, numbers, turn = self.comm.Dup(), iter(range(count)), threading.Lock()
+        # The other ranks send ASK or LEAVE to rank 0. A thread there answers each ASK with a number, or with None once
+        # there are no more, and ends when all have left or were told None.
+        comm, desk = self.comm.Dup(), Desk(count)
+        if self.rank == 0:
+            clerk = threading.Thread(target=self.serve, args=(comm, desk), daemon=True)
+            clerk.start()
+            try:
+                while (number := desk.take()) is not None:
+                    yield number
+            finally:
+                desk.close()
+                while clerk.is_alive():  # in short waits, so that signals are seen
+                    clerk.join(POLL_EVERY)
+        else:
+            number = None
+            try:
+                while (number := self.ask(comm)) is not None:
+                    yield number
+            finally:
+                if number is not None:
+                    comm.send(LEAVE, 0)
 
-        def take():
-            with turn:
-                return next(numbers, None)
-
-        def answer():  # on rank 0, beside its own runs, until each of the others was told that nothing is left
-            left = self.size - 1
-            while left:
-                status = self.mpi.Status()
-                while not comm.Iprobe(status=status):
-                    time.sleep(LOOK_EVERY)
-                comm.recv(source=status.source)
-                number = take()
+    def serve(self, comm, desk):
+        left = self.size - 1
+        while left:
+            status = self.mpi.Status()
+            while not comm.Iprobe(status=status):
+                time.sleep(POLL_EVERY)
+            if comm.recv(source=status.source) == LEAVE:
+                desk.close()
+                left -= 1
+            else:
+                number = desk.take()
                 comm.send(number, status.source)
                 left -= number is None
 
-        if self.rank == 0:
-            clerk = threading.Thread(target=answer, daemon=True)
-            clerk.start()
-            while (number := take()) is not None:
-                yield number
-            clerk.join()
-        else:
-            while True:
-                comm.send(None, 0)
-                while not comm.Iprobe(source=0):
-                    time.sleep(LOOK_EVERY)
-                if (number := comm.recv(source=0)) is None:
-                    return
-                yield number
+    def ask(self, comm):
+        comm.send(ASK, 0)
+        while not comm.Iprobe(source=0):
+            time.sleep(POLL_EVERY)
+        return comm.recv(source=0)
 
     def abort(self, code):
         self.comm.Abort(code)
 
 
+ASK, LEAVE = "ask", "leave"
+
+
+class Desk:
+    """The numbers below count, each given once, by any thread; none once it is closed."""
+
+    def __init__(self, count):
+        self.numbers, self.lock = iter(range(count)), threading.Lock()
+
+    def take(self):
+        with self.lock:
+            return next(self.numbers, None)
+
+    def close(self):
+        with self.lock:
+            self.numbers = iter(())
+
+
 def buckets(pieces):
-    """Lists of neighbouring (array, part) of one type and at least BUCKET bytes, except the last of a type."""
-    bucket, filled = [], 0
-    for array, part in pieces:
-        if bucket and (filled >= BUCKET or array.dtype != bucket[0][0].dtype):
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append((array, part))
-        filled += array[part].nbytes if isinstance(part, slice) else len(part) * array.itemsize
-    if bucket:
-        yield bucket
+    """Neighbouring pieces (array, which of its entries) of one type and, but for the last, at least BUCKET bytes:
+    ([(array, which, how many), ...], their entries in one array).
+    """
+    places, entries, filled = [], [], 0
+    for array, which in pieces:
+        if places and (filled >= BUCKET or array.dtype != entries[0].dtype):
+            yield places, nn.xp.concatenate(entries)
+            places, entries, filled = [], [], 0
+        entries.append(array[which])
+        places.append((array, which, len(entries[-1])))
+        filled += entries[-1].nbytes
+    if places:
+        yield places, nn.xp.concatenate(entries)
 
 
-def put_back(pending):
-    """Take the sums of a bucket into its arrays."""
-    if pending is None:
-        return
-    bucket, total, request = pending
+def put_back(places, total, request):
+    """Take the sums of a bucket, once they are there, into its arrays."""
     if request is not None:
         request.wait()
     first = 0
-    for array, part in bucket:
-        n = len(array) if isinstance(part, slice) else len(part)
-        array[part] = total[first : first + n]
-        first += n
+    for array, which, count in places:
+        array[which] = total[first : first + count]
+        first += count
 
 
 @functools.cache
 def world():
     """The job that this process belongs to. JobError if a launcher started several that MPI does not connect."""
-    size = max((int(os.environ.get(name, 1)) for name in SIZES))
+    sizes = [os.environ.get(name, "") for name in SIZES]
+    size = max([int(text) for text in sizes if text.isdecimal()], default=1)
     if size == 1:
         return Alone()
     try:
@@ -224,14 +261,16 @@ def world():
         raise JobError(f"{size} processes were started, but MPI connects {MPI.COMM_WORLD.size} of them: start them "
                        "with the mpirun of the MPI library that mpi4py uses, or with srun --mpi=pmi2 or --mpi=pmix")
     ranks = Ranks(MPI.COMM_WORLD)
-    share_cores(ranks.local.size)
+    share_cores(ranks.local)
     return ranks
 
 
-def share_cores(processes):
+def share_cores(local):
     """Let BLAS, and conv.py with it, use this process's part of the machine's cores, unless the user said how many."""
     from threadpoolctl import threadpool_limits
 
-    if not any(os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threadpool_limits(max(1, min(cores, os.cpu_count() // processes)))
+    if any(os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return
+    cores = len(allowed := os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    bound = hasattr(os, "sched_getaffinity") and len(set().union(*local.allgather(allowed))) > cores
+    threadpool_limits(cores if bound else max(1, cores // local.size))  # bound: the launcher gave each its own

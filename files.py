@@ -7,12 +7,12 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import json
 import math
 import os
-import random
 import socket
 import threading
 import time
@@ -30,25 +30,43 @@ class FileFault(Exception):
 
 @contextlib.contextmanager
 def whole_or_not(path):
-    """A file open for writing that gets the name `path` only when everything is written and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A file open for writing that gets the name `path` only when everything is written and on the disk.
+
+    Its folder must be there. What writers of `path` that were killed left behind is removed; an OSError names `path`.
+    """
+    mark = f".{path.name}."
+    temporary = path.with_name(f"{mark}{this_process()}.tmp")
     try:
         with open(temporary, "wb") as file:
+            now = os.fstat(file.fileno()).st_mtime
+            for old in path.parent.glob(f"{glob.escape(mark)}*.tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    if not alive(old.name[len(mark) : -len(".tmp")], now - old.stat().st_mtime):
+                        old.unlink()
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        flush_folder(path.parent)
+    except BaseException as error:
         with contextlib.suppress(OSError):  # where the folder is gone, so is the file
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself lasts once the folder is flushed (not on Windows)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def flush_folder(folder):
+    """Make what was renamed in a folder last, where the system (not Windows) and the file system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 def write_whole(path, content):
@@ -67,10 +85,16 @@ def as_json(value):
     return json.dumps(value, indent=1) + "\n"
 
 
+LARGEST_JSON = 2**26  # bytes
+
+
 def read_json(path):
     """The value in a JSON file, None if there is no such file."""
     try:
-        return json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > LARGEST_JSON:
+                raise FileFault(f"{path} has more than {LARGEST_JSON:,} bytes")
+            return json.loads(file.read())
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
@@ -99,21 +123,40 @@ def save_arrays(arrays):
 def load_arrays(content):
     """{name: array} of what save_arrays gave. FileFault if one bit of it has changed, or a byte is missing.
 
-    NumPy by itself lets most such changes through: zip's CRC is not compared for every reader, headers not at all. No
-    memory is taken beyond the size of the content.
+    NumPy by itself lets most such changes through: zip's CRC is not compared for every reader, headers not at all. A
+    seal keeps nobody from sealing other contents, so these are not trusted either: what they claim takes no memory.
     """
     content = memoryview(content)
     if len(content) < SEAL_LENGTH or content[-SEAL_LENGTH:][: len(SEAL)] != SEAL:
         raise FileFault("its end, with the checksum, is missing")
     if hashlib.sha256(content[:-SEAL_LENGTH]).hexdigest().encode() != content[-64:]:
         raise FileFault("its contents do not have the checksum that it carries")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {info.filename.removesuffix(".npy"): read_array(archive, info) for info in archive.infolist()}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+            if sum(info.file_size for info in members) > len(content):  # of which some may lie in the same place
+                raise FileFault("its members say that they are larger than all of it")
+            if len({info.filename for info in members}) < len(members):
+                raise FileFault("two of its members have the same name")
+            return {info.filename.removesuffix(".npy"): read_array(archive, info) for info in members}
+    except FileFault:
+        raise
+    except Exception as error:  # zipfile and NumPy raise whatever they stumble on
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise FileFault(f"it is no archive of arrays ({reason})") from None
+
+
+def read_arrays(path, most):
+    """load_arrays of a file of at most `most` bytes."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise FileFault(f"it is larger than {most:,} bytes")
+        return load_arrays(file.read())
 
 
 def read_array(archive, info):
-    """A member of an .npz, as large as its header says; FileFault if that is not the size it has, or needs pickles."""
-    if info.compress_type != zipfile.ZIP_STORED:
+    """A member of an .npz, as large as its header says; FileFault unless it holds plain numbers or texts that large."""
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise FileFault(f"{info.filename} is compressed")
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
@@ -121,9 +164,11 @@ def read_array(archive, info):
         if version not in header:
             raise FileFault(f"{info.filename} is of an unknown version {version}")
         shape, fortran, dtype = header[version](file)
-        size = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or size != info.file_size - file.tell():
-            raise FileFault(f"{info.filename} says {size:,} bytes of {dtype} and has {info.file_size - file.tell():,}")
+        if dtype.kind not in "biufSU":  # objects, which would be unpickled, tables, dates
+            raise FileFault(f"{info.filename} is of {dtype}")
+        size, have = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        if size != have or min(shape, default=0) < 0:
+            raise FileFault(f"{info.filename} says {size:,} bytes in the shape {shape} and has {have:,}")
         return np.frombuffer(bytearray(file.read()), dtype).reshape(shape, order="F" if fortran else "C")
 
 
@@ -131,6 +176,7 @@ def read_array(archive, info):
 
 STALE_AFTER = 600  # seconds without a sign of life after which another host's claim is given up
 SIGN_EVERY = 60
+PATIENCE = 10  # seconds for another process to withdraw its claim, or to say that it was granted; both take it moments
 
 
 @contextlib.contextmanager
@@ -171,29 +217,61 @@ def lock_file(file):
 def claim(folder):
     """True while this process alone has a claim on the folder, False if another one has.
 
-    A claim is a file claim.HOST.PROCESS.BORN. Each process makes its own first and looks for others then: of two, the
-    second to come must see the first. If they see each other, both withdraw and try again.
+    A claim is a file claim.HOST.PROCESS.BORN, empty until it is granted. Each process makes its own first and looks
+    for others then: of two, the second to come must see the first, so no two find themselves alone.
     """
-    me = folder / f"claim.{socket.gethostname()}.{os.getpid()}.{born(os.getpid())}"
-    for _ in range(5):
-        try:
-            with open(me, "x"):
-                pass
-        except FileExistsError:  # another thread of this process
-            break
-        try:
-            others = [path for path in folder.glob("claim.*") if path != me]
-            if any(map(alive, others)):
-                continue
-            for path in others:
-                path.unlink(missing_ok=True)
-            with showing_life(me):
-                yield True
-            return
-        finally:
+    me = folder / f"claim.{this_process()}"
+    try:
+        open(me, "x").close()
+    except FileExistsError:  # another thread of this process
+        yield False
+        return
+    try:
+        mine = granted(me)
+        if not mine:
             me.unlink(missing_ok=True)
-            time.sleep(random.uniform(0, 0.1))
-    yield False
+        with showing_life(me) if mine else contextlib.nullcontext():
+            yield mine
+    finally:
+        me.unlink(missing_ok=True)
+
+
+def granted(me):
+    """Whether a claim just made is, or soon becomes, the first of all that there are.
+
+    Those that were there when it was made are looked at until none is left; those made later see it and look at it. Of
+    two made at the same moment, the one whose name comes later withdraws.
+    """
+    now = me.stat().st_mtime  # by the clock of the file server, as that of all other claims
+    others = [path for path in me.parent.glob("claim.*") if path != me]
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        others = [path for path in others if not gone(path, now)]
+        if not others:
+            me.write_text("granted")
+            return True
+        if any(path.name < me.name or is_granted(path) for path in others):
+            return False
+        time.sleep(0.01)
+    return False
+
+
+def gone(path, now):
+    """Whether a claim was withdrawn, or is that of a process that has ended: then it is removed."""
+    try:
+        if alive(path.name.partition(".")[2], now - path.stat().st_mtime):
+            return False
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    return True
+
+
+def is_granted(path):
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -215,15 +293,21 @@ def showing_life(path):
         thread.join()
 
 
-def alive(path):
-    """Whether the process of a claim may be alive: known on this host, of others a recent sign is taken for it."""
-    _, _, owner = path.name.partition(".")
+def this_process():
+    """This process as "HOST.PROCESS.BORN", a name that no other one ever has."""
+    return f"{socket.gethostname()}.{os.getpid()}.{born(os.getpid())}"
+
+
+def alive(owner, silence):
+    """Whether the process this_process() called `owner` may be alive: known on this host; on another one it may be if
+    it has not been silent, its file not changed, for too many seconds.
+    """
     host, process, then = owner.rsplit(".", 2) if owner.count(".") > 1 else ("", "", "")
+    if host != socket.gethostname():
+        return silence < STALE_AFTER
     try:
-        if host != socket.gethostname():
-            return time.time() - path.stat().st_mtime < STALE_AFTER
         os.kill(int(process), 0)
-    except (FileNotFoundError, ProcessLookupError, ValueError):
+    except (ProcessLookupError, ValueError, OverflowError):
         return False
     except PermissionError:  # a process of another user
         return True
@@ -231,7 +315,11 @@ def alive(path):
 
 
 def born(process):
-    """When a process was started, in the kernel's ticks: a number that is used again is another process. Or None."""
+    """When a process was started, in the kernel's ticks: a number that is used again is another process.
+
+    None if it has ended, even if nobody has asked for its exit code yet, and where the system does not tell.
+    """
     with contextlib.suppress(OSError, IndexError, ValueError):
         with open(f"/proc/{process}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
+            state = file.read().rpartition(")")[2].split()
+            return None if state[0] in "ZX" else int(state[19])

@@ -176,9 +176,13 @@ class Run:
         self.folder = Path(settings.out, experiment.name, settings.data, settings.run_name())
 
     def result(self):
-        """result.json as a dict, None as long as the run is not done. FileFault if it was not written by a run."""
+        """result.json as a dict, None as long as the run is not done. FileFault if it was not written by this run."""
         path = self.folder / "result.json"
-        return check_result(read_json(path), path)
+        result = check_result(read_json(path), path)
+        match result:
+            case {"config": {"settings": dict(saved)}}:
+                self.check_same_settings(saved, f"{path}: it")
+        return result
 
     def config(self):
         """config.json, None if it is not there or no longer readable."""
@@ -199,12 +203,18 @@ class Run:
                 return f"diverged in epoch {result['epochs'] + 1}"
             return f"done: test {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final"
         if failure:
-            return f"failed: {dict(failure).get('error')}"
+            return f"failed: {failure.get('error') if isinstance(failure, dict) else failure}"
         try:
             with open(self.folder / "log.csv", "rb") as log:
                 return f"begun: {sum(1 for _ in log) - 1} of {self.settings.epochs} epochs"
         except FileNotFoundError:
             return "not begun"
+
+    def failure(self):
+        """What tells the failure on record from any other, None without one."""
+        with contextlib.suppress(FileNotFoundError):
+            status = (self.folder / "failed.json").stat()
+            return status.st_ino, status.st_mtime_ns
 
     def record_failure(self, error):
         """Leave failed.json beside what the run has; returns the failure as one line."""
@@ -247,32 +257,49 @@ class Run:
         """
         s = self.settings
         dataset, model, optimizer, schedule = self.prepare()
-        if self.ranks.rank == 0:
-            remove_leftovers(self.folder)
-        progress = self.load_checkpoint(model, optimizer)
-        if progress is None or self.config() is None:
-            config = {"settings": s.identity(), "versions": versions(), "ranks": self.ranks.size}
-            self.write("config.json", as_json(config))
-        progress = progress or Progress()
-        self.ranks.check_same(model, "before training")
-        steps = math.ceil(len(dataset.train_labels) / s.batch)
-        bar = tqdm(total=s.epochs * steps, initial=progress.epoch * steps + progress.step, unit="step",
-                   disable=None if bar and self.ranks.rank == 0 else True, mininterval=0.5)
-        finite, self.saved = True, time.monotonic()
-        # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
-        with bar, stop_signal() as stopped, np.errstate(over="ignore", invalid="ignore"):
-            while finite and progress.epoch < s.epochs:
-                finite = self.epoch(dataset, model, optimizer, schedule(progress.epoch), progress, stopped, bar)
-                self.ranks.check_same(model, f"after epoch {progress.epoch}")
-                if finite and (self.save_is_due() or progress.epoch == s.epochs):
-                    self.save_checkpoint(model, optimizer, progress)
-        if not finite:
-            self.say(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; "
-                     "recorded as diverged")
-        result = self.write_result(model, progress, diverged=not finite)
-        if stopped:  # asked to stop during the last evaluation: the run is done, but what would follow must not begin
+        with stop_signal() as stopped:  # from before the first write until after the last one
+            if self.ranks.rank == 0:
+                remove_leftovers(self.folder)
+            progress = self.load_checkpoint(model, optimizer)
+            self.write_config(anew=progress is None)
+            progress = progress or Progress()
+            about = np.array(json.dumps(s.identity())), np.array(nn.xp.__name__)
+            self.ranks.check_same("before training", "settings or data", *about, dataset.train_labels,
+                                  dataset.test_labels)
+            self.check_same_network("before training", model)
+            steps = math.ceil(len(dataset.train_labels) / s.batch)
+            bar = tqdm(total=s.epochs * steps, initial=progress.epoch * steps + progress.step, unit="step",
+                       disable=None if bar and self.ranks.rank == 0 else True, mininterval=0.5)
+            finite, self.saved = True, time.monotonic()
+            # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
+            with bar, np.errstate(over="ignore", invalid="ignore"):
+                while finite and progress.epoch < s.epochs:
+                    finite = self.epoch(dataset, model, optimizer, schedule(progress.epoch), progress, stopped, bar)
+                    self.check_same_network(f"after epoch {progress.epoch}", model)
+                    if finite and (self.save_is_due() or progress.epoch == s.epochs):
+                        self.save_checkpoint(model, optimizer, progress)
+            if not finite:
+                self.say(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; "
+                         "recorded as diverged")
+            result = self.write_result(model, progress, diverged=not finite)
+        if stopped:  # asked to stop after the last step: the run is done, but what would follow must not begin
             raise SystemExit(128 + stopped[0])
         return result
+
+    def check_same_network(self, when, model):
+        """JobError unless weights, masks and estimates are the same on all ranks; also their names, in order."""
+        if self.ranks.size > 1:
+            state = model.state_dict()
+            self.ranks.check_same(when, "network", np.array(list(state)), *state.values())
+
+    def write_config(self, anew):
+        """config.json of a run that begins; of one that goes on, with another number of ranks if there is another."""
+        config = None if anew else self.config()
+        if not (isinstance(config, dict) and isinstance(config.get("ranks"), list)):
+            config = {"settings": self.settings.identity(), "versions": versions(), "ranks": []}
+        if config["ranks"][-1:] != [self.ranks.size]:
+            config["ranks"].append(self.ranks.size)
+            self.write("config.json", as_json(config))
 
     def epoch(self, dataset, model, optimizer, lr, progress, stopped, bar):
         """Train to the end of the epoch at hand and evaluate; False if the loss is not finite."""
@@ -303,7 +330,8 @@ class Run:
         if not progress.finite():
             return False
         bar.set_description(progress.description(s.epochs), refresh=False)
-        found = evaluate(model, dataset.test_batches(self.experiment.test_batch, ranks.part), ranks, stopped)
+        batches = dataset.test_batches(self.experiment.test_batch * ranks.size, ranks.part)
+        found = evaluate(model, batches, ranks, stopped)
         progress.seconds += time.monotonic() - begin
         if not found:
             self.stop(model, optimizer, progress, stopped)
@@ -314,6 +342,7 @@ class Run:
         """Save and end the process, as it was asked to."""
         self.save_checkpoint(model, optimizer, progress)
         self.say(f"stopped in epoch {progress.epoch + 1}; the same command goes on from here", sys.stderr)
+        self.ranks.broadcast(None)  # no rank ends before the first has saved
         raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
 
     def save_is_due(self):
@@ -342,7 +371,7 @@ class Run:
             arrays = load_arrays(content)
             if (version := int(arrays.pop("format"))) != FORMAT:
                 raise FileFault(f"it is of format {version}, this program reads {FORMAT}")
-            self.check_same_settings(json.loads(str(arrays.pop("settings"))))
+            self.check_same_settings(json.loads(str(arrays.pop("settings"))), "it")
             part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")}
                     for p in ("model", "optimizer", "progress")}
             wrong = [f"{name} is of {part['model'][name].dtype} instead of {array.dtype}"
@@ -357,13 +386,13 @@ class Run:
             reason = error if isinstance(error, FileFault) else f"it is not of this network ({error})"
             raise FileFault(f"{path} cannot be continued: {reason}; remove it to begin this run again") from None
 
-    def check_same_settings(self, saved):
-        """FileFault if a checkpoint's settings are not this run's."""
+    def check_same_settings(self, saved, it):
+        """FileFault that begins with `it` if the settings in a file are not this run's."""
         wrong = [f"{f.name} {saved.get(f.name, f.default)} instead of {getattr(self.settings, f.name)}"
                  for f in fields(self.settings) if not f.metadata["place"]
                  and saved.get(f.name, f.default) != getattr(self.settings, f.name)]
         if wrong:
-            raise FileFault(f"it belongs to a run with other settings: {', '.join(wrong)}")
+            raise FileFault(f"{it} belongs to a run with other settings: {', '.join(wrong)}")
 
     def write_log(self, progress):
         rows = io.StringIO()
@@ -387,9 +416,9 @@ class Run:
             result[f"final_{part}_acc"] = accuracies[-1] if accuracies else None
         result |= {"epochs": len(progress.history), "seconds": sum(column["seconds"]),
                    "config": self.config()}
-        self.write("result.json", as_json(result))
         if self.ranks.rank == 0:
             (self.folder / "failed.json").unlink(missing_ok=True)
+        self.write("result.json", as_json(result))  # last: with it, the run is done
         return result
 
 
@@ -407,7 +436,7 @@ def check_result(result, where):
         raise FileFault(f"{where}: diverged is {result.get('diverged')!r} instead of true or false")
     for name in NUMBERS:
         value = result.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
         if not number and not (value is None and result["diverged"] and name.endswith("_acc")):
             raise FileFault(f"{where}: {name} is {value!r} instead of a number")
     return result
@@ -448,8 +477,8 @@ class Progress:
         self.loss_sum, self.correct, self.seconds = 0.0, 0, 0.0
 
 
-def train_step(model, optimizer, x, labels, ranks=distributed.Alone(), weight=1.0):
-    """One step of SGD on a batch, of which this rank has the part `weight`: x, labels, perhaps none.
+def train_step(model, optimizer, x, labels, ranks=distributed.Alone(), share=1.0):
+    """One step of SGD on a batch, of which this rank has this share: x, labels, perhaps none.
 
     Returns this rank's sums: of the loss, of correct answers, of examples.
     """
@@ -459,7 +488,7 @@ def train_step(model, optimizer, x, labels, ranks=distributed.Alone(), weight=1.
         loss = nn.cross_entropy(logits, labels)
         loss.backward()
         sums = (loss.data.astype(np.float64) * len(labels), (logits.data.argmax(axis=1) == labels).sum(), len(labels))
-    ranks.average(model, weight)
+    ranks.average(model, share)
     optimizer.step()
     optimizer.zero_grad()
     return sums
@@ -479,12 +508,14 @@ def evaluate(model, batches, ranks=distributed.Alone(), stopped=()):
                 correct += int((logits.data.argmax(axis=1) == labels).sum())
                 seen += len(labels)
     loss_sum, correct, seen = ranks.sum(loss_sum, correct, seen)
-    return loss_sum / seen, correct / seen
+    return loss_sum / max(seen, 1), correct / max(seen, 1)
 
 
 @contextlib.contextmanager
 def stop_signal():
-    """A list that SIGTERM and SIGINT put their number into, so that a step is never cut in the middle."""
+    """A list that SIGTERM and SIGINT put their number into, so that neither a step nor a save is cut in the middle: not
+    by a second Ctrl-C either.
+    """
     stopped = []
     before = {sig: signal.signal(sig, lambda number, frame: stopped.append(number))
               for sig in (signal.SIGTERM, signal.SIGINT)}
@@ -507,17 +538,41 @@ def sweep(runs, ranks=distributed.Alone(), bar=True):
 
     Any number of processes may do this for the same runs at once. Whoever is through waits for the others, and
     takes over the run of one that died. The ranks of a job share the runs out among themselves. A run that fails is
-    recorded in its folder, the others go on; the next sweep tries it again.
+    recorded in its folder, the others go on; it is tried again by the next sweep, not by another process of this one.
+    If a rank is told to stop, none begins another run, and all end with SystemExit once theirs are done or saved too.
     """
-    failed, waiting = 0, (runs[i] for i in ranks.hand_out(len(runs)))
+    if ranks.size == 1:
+        return train_those(runs, ranks.hand_out(len(runs)), bar)
+    failed = 0
+    with stop_signal() as stopped:  # a rank that waits for the others must not end and take them with it
+        with contextlib.closing(ranks.hand_out(len(runs))) as numbers:
+            try:
+                failed = train_those(runs, numbers, bar, stopped)
+            except SystemExit as stop:
+                stopped.append(stop.code - 128)
+        failed, told = ranks.sum_when_ready(failed, len(stopped))
+    if told:
+        raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
+    return int(failed)
+
+
+def train_those(runs, numbers, bar, stopped=()):
+    """Train the runs of these numbers that are not done, until `stopped` fills; returns how many failed."""
+    before = [run.failure() for run in runs]
+    failed, waiting = 0, numbers
     while waiting:
         busy = []
-        for run in waiting:
+        for i in waiting:
+            run = runs[i]
+            if stopped:
+                return failed
             if run.done():
                 continue
             with run.lock() as mine:
                 if not mine:
-                    busy.append(run)
+                    busy.append(i)
+                elif run.failure() not in (None, before[i]):  # of another process, meanwhile
+                    failed += 1
                 elif not run.done():
                     name = run.settings.run_name()
                     try:
@@ -532,7 +587,7 @@ def sweep(runs, ranks=distributed.Alone(), bar=True):
         waiting = busy
         if busy:
             time.sleep(1)
-    return int(ranks.sum_when_ready(failed))
+    return failed
 
 
 def sweep_in_processes(jobs, script, argv):
@@ -542,14 +597,18 @@ def sweep_in_processes(jobs, script, argv):
     env |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"),
                          threads)
     command = [sys.executable, script, *argv, "--worker"]
-    workers = [subprocess.Popen(command, env=env) for _ in range(jobs)]
     with stop_signal() as stopped:
-        while any(w.poll() is None for w in workers):
-            if stopped:
-                for w in workers:
-                    w.terminate()  # each writes its checkpoint
-                stopped_by = stopped[0]
-                [w.wait() for w in workers]
-                return 128 + stopped_by
+        workers = [subprocess.Popen(command, env=env) for _ in range(jobs)]
+        while None in [w.poll() for w in workers] and not stopped:
             time.sleep(0.1)
-    return max(abs(w.returncode) for w in workers)
+        for w in workers if stopped else ():
+            w.terminate()  # each writes its checkpoint
+        codes = [w.wait() for w in workers]
+    if stopped:
+        return 128 + stopped[0]
+    ended = [code for code in codes if code >= 0]  # none of them before all runs were done or had failed
+    for code in codes:
+        if code < 0:
+            print(f"a process of the sweep was ended by signal {-code}"
+                  + ("; the others went on with its run" if ended else ""), file=sys.stderr, flush=True)
+    return max(ended) if ended else 128 - min(codes)

@@ -25,6 +25,7 @@ import data  # noqa: E402
 import distributed  # noqa: E402
 import exp_mlp_mnist as mlp  # noqa: E402
 import exp_resnet_cifar as resnet  # noqa: E402
+import figures  # noqa: E402
 import nn  # noqa: E402
 import train  # noqa: E402
 
@@ -64,7 +65,7 @@ def job_resnet(*argv):
     return command.main(RESNET, argv)
 
 
-def job_slow(*argv):
+def job_slow(*argv, experiment=MLP):
     """An MLP whose steps take a while; each rank leaves its process number in the folder OUT."""
     out, real = Path(argv[argv.index("--out") + 1]), train.train_step
     out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,13 @@ def job_slow(*argv):
         return real(*args)
 
     train.train_step = step
-    return command.main(MLP, argv)
+    return command.main(experiment, argv)
+
+
+def job_slow_one(*argv):
+    """job_slow with a figure of one run."""
+    figure = figures.Figure("one", lambda s: [replace(s, width=12)], None)
+    return job_slow(*argv, experiment=replace(MLP, figures={"one": figure}, figures_ignore={}))
 
 
 def job_uneven(*argv):
@@ -86,6 +93,17 @@ def job_uneven(*argv):
         return model
 
     return command.main(replace(MLP, build=build), argv)
+
+
+def job_other_data(*argv):
+    """Rank 1 has fewer examples, or other labels."""
+    def load(s):
+        dataset = MLP.load(s)
+        if distributed.world().rank == 1:
+            return dataset.limited(100) if s.seed else replace(dataset, train_labels=dataset.train_labels[::-1])
+        return dataset
+
+    return command.main(replace(MLP, load=load), argv)
 
 
 def job_raises(where, *argv):
@@ -148,7 +166,7 @@ def job_hand_out(path, count):
         mine.append(number)
         time.sleep(0.001 + 0.02 * (ranks.rank == 1))
     Path(f"{path}{ranks.rank}").write_text(json.dumps(mine))
-    assert ranks.sum_when_ready(len(mine)) == int(count)
+    assert ranks.sum_when_ready(len(mine)) == (int(count),)
 
 
 def job_cores():
@@ -163,14 +181,24 @@ def job_cores():
 
 
 def start(ranks, job, *words, **env):
-    command = [MPIRUN, "-n", str(ranks), sys.executable, __file__, job, *map(str, words)]
-    return subprocess.Popen(command, env=ENV | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = [MPIRUN, "-n", str(ranks), sys.executable, __file__, job, *map(str, words)]
+    return subprocess.Popen(line, env=ENV | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def communicate(process, seconds=120):
+    """(output, errors) of a job that ends by itself; one that does not is killed with all its ranks."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"no end after {seconds} s: {process.communicate()}")
 
 
 def run(ranks, job, *words, expect=0, **env):
     """The job on so many ranks; (output, errors)."""
     process = start(ranks, job, *words, **env)
-    out, errors = process.communicate(timeout=120)
+    out, errors = communicate(process)
     assert process.returncode == expect, out + errors
     return out, errors
 
@@ -289,7 +317,8 @@ def test_shares_of_all_ranks_are_the_batches():
 def wait_for(condition, process, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        if process.poll() is not None or time.monotonic() > end:
+            pytest.fail(f"waited in vain: {communicate(process, 1)}")
         time.sleep(0.01)
 
 
@@ -308,7 +337,7 @@ def test_a_rank_that_is_stopped_or_dies_ends_the_job_and_other_ranks_go_on_from_
         wait_for(lambda: pid.exists() and len(list((tmp_path / "n").rglob("log.csv"))) >= max(saved, 1), process)
         time.sleep(0.3)
         os.kill(int(pid.read_text()), sent)
-        out, errors = process.communicate(timeout=60)
+        out, errors = communicate(process)
         assert process.returncode == code if code else process.returncode != 0, out + errors
         assert not list((tmp_path / "n").rglob("result.json"))
         if code:
@@ -324,8 +353,15 @@ def test_a_rank_that_is_stopped_or_dies_ends_the_job_and_other_ranks_go_on_from_
 @with_mpi
 def test_ranks_with_other_weights_are_refused(tmp_path):
     _, errors = run(3, "uneven", *flags(tmp_path, width=12, epochs=1), expect=2)
-    assert "before training the network of rank 1 is not that of rank 0; all ranks need the same versions" in errors
+    assert "before training rank 1 does not have the network of rank 0; all ranks need the same versions" in errors
     assert "Traceback" not in errors and not list(tmp_path.rglob("checkpoint.npz"))
+
+
+@with_mpi
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ranks_with_other_data_are_refused(tmp_path, seed):
+    _, errors = run(2, "other_data", *flags(tmp_path, width=12, epochs=1, seed=seed), expect=2)
+    assert "before training rank 1 does not have the settings or data of rank 0" in errors
 
 
 @with_mpi
@@ -354,6 +390,35 @@ def test_every_number_is_handed_out_once(tmp_path):
     shares = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(4)]
     assert sorted(sum(shares, [])) == list(range(60)) and all(share == sorted(share) for share in shares)
     assert len(shares[1]) < 15 < max(map(len, shares)) and min(map(len, shares)) > 0  # the slow rank gets fewer
+
+
+@with_mpi
+@pytest.mark.parametrize("whom", [[0], [1], [0, 1, 2]])
+def test_a_sweep_that_is_told_to_stop_saves_and_ends(tmp_path, whom):
+    """Whichever ranks are told, training or waiting: none begins another run, all end, and the sweep goes on later."""
+    words = [*flags(tmp_path, epochs=30, limit=200, seeds=1), "--sweep", "width"]
+    process = start(3, "slow", *words)
+    wait_for(lambda: len(list(tmp_path.rglob("config.json"))) >= 3, process)
+    for rank in whom:
+        os.kill(int((tmp_path / f"rank{rank}").read_text()), signal.SIGTERM)
+    out, errors = communicate(process)
+    assert process.returncode == 143, out + errors
+    begun, done = (len(list(tmp_path.rglob(name))) for name in ("checkpoint.npz", "result.json"))
+    assert begun == 3 and done == 3 - len(whom)
+    run(3, "mlp", *words)
+    assert len(list(tmp_path.rglob("result.json"))) == 13
+
+
+@with_mpi
+def test_a_waiting_rank_does_not_end_the_others(tmp_path):
+    """Two ranks of three have nothing left to do when all are told to stop: the third one's run is saved."""
+    words = [*flags(tmp_path, width=12, epochs=200, limit=200), "--sweep", "one"]
+    process = start(3, "slow_one", *words)
+    wait_for(lambda: list(tmp_path.rglob("config.json")), process)
+    time.sleep(0.5)
+    process.terminate()  # mpirun tells all ranks
+    out, errors = communicate(process)
+    assert process.returncode == 143 and len(list(tmp_path.rglob("checkpoint.npz"))) == 1, out + errors
 
 
 @with_mpi
