@@ -87,17 +87,16 @@ def estimate(run, steps=20):
     s = run.settings
     dataset, model, optimizer, schedule = run.prepare()
     optimizer.lr = 0  # the estimate must not depend on how training would go
-    timed = []
-    for x, labels in dataset.train_batches(s.batch, s.seed, 0):
-        begin = time.perf_counter()
+    timed, begin = [], time.perf_counter()
+    for x, labels in dataset.train_batches(s.batch, s.seed, 0):  # its preparation counts where it takes longer
         Progress().add(*train_step(model, optimizer, x, labels))
-        timed.append(time.perf_counter() - begin)
+        timed.append(-begin + (begin := time.perf_counter()))
         if len(timed) == steps or len(timed) > 1 and np.sum(timed) > 5:
             break
     begin = time.perf_counter()
     x, labels = next(dataset.test_batches(run.experiment.test_batch))
     evaluate(model, [(x, labels)])
-    testing = (time.perf_counter() - begin) * len(dataset.test_labels) / len(labels)
+    testing = (time.perf_counter() - begin) * len(dataset.test_labels) / max(1, len(labels))
     seconds = s.epochs * (float(np.median(timed)) * math.ceil(len(dataset.train_labels) / s.batch) + testing)
     arrays = [*model.state_dict().values(), *optimizer.state_dict().values()]
     table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "

@@ -479,7 +479,8 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
         n = x.size // len(running_mean)
         if n < 2:
             raise StatisticsError(f"batch_norm needs more than one value for each channel to train, not images of "
-                                  f"{x.shape}: choose another --batch or --limit, so that no batch has a single image")
+                                  f"{x.shape}: choose another --batch or --limit, or fewer processes, so that "
+                                  "none has a single image of a batch")
         mean, var = engine_.statistics(x.data)
         running_mean += momentum * (mean - running_mean)
         running_var += momentum * (var * (n / (n - 1)) - running_var)

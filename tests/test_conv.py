@@ -571,7 +571,7 @@ def test_batch_norm_of_constant_images():
 def test_one_value_for_each_channel_has_no_variance():
     layer = nn.BatchNorm2d(3)
     x = nn.Tensor(np.ones((1, 3, 1, 1), np.float32))
-    with pytest.raises(ValueError, match=r"more than one value for each channel, not \(1, 3, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"more than one value for each channel .* not images of \(1, 3, 1, 1\)"):
         layer(x)
     assert not layer.running_mean.any() and (layer.running_var == 1).all()
     layer.eval()

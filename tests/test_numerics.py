@@ -192,7 +192,8 @@ def test_one_image_has_no_variance(tmp_path, capsys):
     assert command.main(imagenet.EXPERIMENT, flags(tmp_path / "runs", **words)) == 2  # 9 images: a batch of 8 and of 1
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors == ["exp_resnet_imagenet.py: batch_norm needs more than one value for each channel to train, not "
-                      "images of (1, 8, 1, 1): choose another --batch or --limit, so that no batch has a single image"]
+                      "images of (1, 8, 1, 1): choose another --batch or --limit, or fewer processes, so that "
+                      "none has a single image of a batch"]
 
 
 # ---------------------------------------------------------------------------------------------- threads

@@ -83,31 +83,23 @@ def test_a_run_on_photographs(tmp_path, capsys):
 
 
 @with_mpi
-def test_several_processes_see_the_photographs_of_one(tmp_path):
-    """The first step's loss is over all ranks, before anything was trained: only BatchNorm's batches differ."""
-    rows = {}
-    for ranks in (1, 3):
-        command = [sys.executable, str(ROOT / "exp_resnet_imagenet.py"),
-                   *words(tmp_path, out=tmp_path / f"{ranks}", lr=0, batch=48, epochs=1)]
-        subprocess.run([MPIRUN, "-n", str(ranks), *command], env=ENV, check=True, capture_output=True, timeout=120)
-        log, = (tmp_path / f"{ranks}").rglob("log.csv")
-        rows[ranks] = np.genfromtxt(log, delimiter=",", names=True)
-        assert result(tmp_path / f"{ranks}")["config"]["ranks"] == ranks
-    assert rows[1]["train_loss"] == pytest.approx(rows[3]["train_loss"], rel=0.2)
-    assert rows[1]["test_loss"] == pytest.approx(rows[3]["test_loss"], rel=0.1)
+def test_processes_train_together_on_photographs(tmp_path):
+    """3 ranks, batches of 16 of 48 photographs: the run and its record. What each of them reads is tested elsewhere."""
+    command_ = [sys.executable, str(ROOT / "exp_resnet_imagenet.py"), *words(tmp_path, size=64)]
+    subprocess.run([MPIRUN, "-n", "3", *command_], env=ENV, check=True, capture_output=True, timeout=120)
+    found = result(tmp_path / "runs")
+    assert found["config"]["ranks"] == [3] and found["epochs"] == 2 and not found["diverged"]
 
 
 @pytest.mark.slow
-def test_width_pays_on_photographs(tmp_path):
-    """10 classes, 2,000 photographs, 6 epochs: far above chance, and the wider sparse network learns as well."""
-    accuracy = {}
+def test_networks_learn_from_photographs(tmp_path):
+    """10 classes, 2,000 photographs, 8 epochs: far above chance, and the wider sparse network learns as well."""
     for width in (8, 16):
-        more = dict(size=64, classes=10, images=200, batch=64, lr=0.05, width=width, base_width=8, epochs=6)
+        more = dict(size=64, classes=10, images=200, batch=32, lr=0.01, width=width, base_width=8, epochs=8)
         assert command.main(imagenet.EXPERIMENT, words(tmp_path, **more, out=tmp_path / str(width))) == 0
         found = result(tmp_path / str(width))
         assert found["weights"] == imagenet.budget(imagenet.Settings(width=8, base_width=8), 10)
-        accuracy[width] = found["best_test_acc"]
-    assert accuracy[8] > 0.3 and accuracy[16] > 0.3
+        assert found["best_test_acc"] > 0.3
 
 
 @pytest.mark.parametrize("more, message", [
