@@ -396,7 +396,7 @@ def test_every_number_is_handed_out_once(tmp_path):
 @pytest.mark.parametrize("whom", [[0], [1], [0, 1, 2]])
 def test_a_sweep_that_is_told_to_stop_saves_and_ends(tmp_path, whom):
     """Whichever ranks are told, training or waiting: none begins another run, all end, and the sweep goes on later."""
-    words = [*flags(tmp_path, epochs=30, limit=200, seeds=1), "--sweep", "width"]
+    words = [*flags(tmp_path, epochs=100, limit=200, seeds=1), "--sweep", "width"]
     process = start(3, "slow", *words)
     wait_for(lambda: len(list(tmp_path.rglob("config.json"))) >= 3, process)
     for rank in whom:
