@@ -175,10 +175,10 @@ def perform(experiment, settings, todo, argv, ranks):
         return 0
     if not name:
         return train_one(Run(experiment, settings, ranks))
-    # What has to be downloaded or generated is so once, before several processes ask for it.
-    if ranks.size > 1 or settings.jobs > 1 and not todo.worker:
+    in_processes = ranks.size == 1 and settings.jobs > 1 and not todo.worker
+    if in_processes or ranks.size > 1:  # what has to be downloaded or generated is so once, before several ask for it
         ranks.first_here(lambda: experiment.load(runs[0]))
-    if ranks.size == 1 and settings.jobs > 1 and not todo.worker:
+    if in_processes:
         failed = sweep_in_processes(min(settings.jobs, len(runs)), sys.argv[0], argv)
     else:
         failed = 1 if sweep([Run(experiment, s) for s in runs], ranks, not todo.worker and ranks.size == 1) else 0

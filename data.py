@@ -120,19 +120,30 @@ class Dataset:
 
     def limited(self, count):
         """Only the first `count` training examples."""
-        if count > len(self.train_labels):
-            raise DataError(f"{self.name} has {len(self.train_labels):,} training images, so a limit of "
-                            f"{count:,} cannot be met")
+        check_limit(self, count)
         return replace(self, train_images=self.train_images[:count], train_labels=self.train_labels[:count])
 
     def held_out(self, count):
         """The last `count` training examples take the place of the test set: for choosing settings honestly."""
-        keep = len(self.train_labels) - count
-        if keep < 1:
-            raise DataError(f"{self.name} has {len(self.train_labels):,} training images, so {count:,} cannot be "
-                            "held out")
+        keep = left_without(self, count)
         return replace(self, train_images=self.train_images[:keep], train_labels=self.train_labels[:keep],
                        test_images=self.train_images[keep:], test_labels=self.train_labels[keep:])
+
+
+def check_limit(dataset, count):
+    """Raise DataError unless a data set has `count` training images."""
+    if count > len(dataset.train_labels):
+        raise DataError(f"{dataset.name} has {len(dataset.train_labels):,} training images, so a limit of "
+                        f"{count:,} cannot be met")
+
+
+def left_without(dataset, count):
+    """How many training images a data set has beside `count` of them; DataError if none."""
+    left = len(dataset.train_labels) - count
+    if left < 1:
+        raise DataError(f"{dataset.name} has {len(dataset.train_labels):,} training images, so {count:,} cannot be "
+                        "held out")
+    return left
 
 
 def shares(count, batch, start, part):

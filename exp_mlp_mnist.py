@@ -86,10 +86,7 @@ class Settings(train.Settings):
 
 def load(s):
     dataset = data.load(s.data, s.data_dir)
-    if s.held_out:
-        dataset = dataset.held_out(s.held_out)
-    if s.limit:
-        dataset = dataset.limited(s.limit)
+    dataset = s.part_of(dataset)
     return dataset.standardized_by_pixel() if s.pixelwise else dataset
 
 

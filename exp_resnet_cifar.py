@@ -95,11 +95,7 @@ def load(s):
         dataset = data.synthetic(s.data_dir, side=32, channels=3)
     else:
         dataset = data.load(s.data, s.data_dir)
-    if s.held_out:
-        dataset = dataset.held_out(s.held_out)
-    if s.limit:
-        dataset = dataset.limited(s.limit)
-    return dataset.augmented(s.padding, s.flips)
+    return s.part_of(dataset).augmented(s.padding, s.flips)
 
 
 def conv3x3(channels_in, channels, stride=1):
@@ -344,18 +340,23 @@ def fig14_draw(points, metric):
     return family_draw(points, metric, quantity="train_acc", name="Figure 14")
 
 
-def fig1_draw(points, metric):
-    """Sparse networks at a base's weights beside dense networks of the same width."""
-    figure, ax = panel()
+def plot_sparse_and_dense(ax, points, metric):
+    """A line for each base's sparse networks, one for all dense ones; returns the sentence of each."""
     found = lines(points)
     dense = [p for line in found.values() for p in line if p.settings.width == p.settings.base_width]
     sparse = [line for line in found.values() if any(p.settings.width > p.settings.base_width for p in line)]
-    summary = []
-    for i, line in enumerate(sparse):
-        summary.append(plot_line(ax, line, metric, f"C{i}o-", f"sparse: {weights_of(line)} at every width"))
+    summary = [plot_line(ax, line, metric, f"C{i}o-", f"sparse: {weights_of(line)} at every width")
+               for i, line in enumerate(sparse)]
     if dense:
         summary.append(plot_line(ax, dense, metric, "C7s--", "dense: all weights of its width"))
     axes_over_width(ax, {p.settings.width for p in points if p.finished})
+    return summary
+
+
+def fig1_draw(points, metric):
+    """Sparse networks at a base's weights beside dense networks of the same width."""
+    figure, ax = panel()
+    summary = plot_sparse_and_dense(ax, points, metric)
     describe(ax, f"{metric} test accuracy, %", f"Figure 1. ResNet-18, {subject(points)}\n{title(points, metric)}")
     return figure, summary
 

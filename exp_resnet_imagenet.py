@@ -22,7 +22,7 @@ import figures
 import nn
 import photos
 import train
-from exp_resnet_cifar import axes_over_width, departures, layer_sizes, lines, plot_line, title, weights_of
+from exp_resnet_cifar import axes_over_width, departures, layer_sizes, plot_sparse_and_dense, title
 from figures import over_seeds, subject
 from train import setting
 
@@ -72,9 +72,7 @@ def load(s):
         dataset = photos.of_tree(s.data, tree, s.size, s.threads, s.unreadable)
     else:
         dataset = photos.load(s.data, s.data_dir, s.size, s.threads, s.unreadable)
-    if s.held_out:
-        dataset = dataset.held_out(s.held_out)
-    return dataset.limited(s.limit) if s.limit else dataset
+    return s.part_of(dataset)
 
 
 def prepare(s):
@@ -122,25 +120,13 @@ def paper(s):
     return f"{values[s.width]:.2f} %" if s.papers and s.width in values else None
 
 
-def split(points):
-    """(dense points, sparse lines: each a base's, with its dense network first)"""
-    found = lines(points)
-    dense = [p for line in found.values() for p in line if p.settings.width == p.settings.base_width]
-    return dense, [line for line in found.values() if line[-1].settings.width > line[-1].settings.base_width]
-
-
 def table1_draw(points, metric):
     """Figure 13: sparse and dense networks over width, here and in the paper."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=points[0].settings.papers)
-    dense, sparse = split(points)
-    summary = [plot_line(left, line, metric, f"C{i}o-", f"sparse: {weights_of(line)} at every width")
-               for i, line in enumerate(sparse)]
-    if dense:
-        summary.append(plot_line(left, dense, metric, "C7s--", "dense: all weights of its width"))
-    axes_over_width(left, {p.settings.width for p in points if p.finished})
+    summary = plot_sparse_and_dense(left, points, metric)
     left.set_title("here", fontsize=10)
     left.set_ylabel(f"{metric} test accuracy, %")
     for values, style, label in ((SPARSE, "C0o-", "sparse: 11.7 million weights"), (DENSE, "C7s--", "dense")):

@@ -440,17 +440,12 @@ class Photos:
 
     def limited(self, count):
         """Only `count` training examples: the first of a fixed random order that takes the classes in turn."""
-        if count > len(self.train_index):
-            raise DataError(f"{self.name} has {len(self.train_index):,} training images, so a limit of "
-                            f"{count:,} cannot be met")
+        data.check_limit(self, count)
         return replace(self, train_index=self.in_turn()[:count])
 
     def held_out(self, count):
         """The last `count` training examples of the order of `limited` take the place of the test set."""
-        keep = len(self.train_index) - count
-        if keep < 1:
-            raise DataError(f"{self.name} has {len(self.train_index):,} training images, so {count:,} cannot be "
-                            "held out")
+        keep = data.left_without(self, count)
         chosen = self.in_turn()
         return replace(self, train_index=chosen[:keep], test=self.train, test_index=np.sort(chosen[keep:]))
 

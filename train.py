@@ -82,6 +82,11 @@ class Settings:
             if choices and value not in choices:
                 raise UsageError(f"--{f.name.replace('_', '-')} is one of {', '.join(choices)}, not {value}")
 
+    def part_of(self, dataset):
+        """The data set as --held-out and then --limit leave it."""
+        dataset = dataset.held_out(self.held_out) if self.held_out else dataset
+        return dataset.limited(self.limit) if self.limit else dataset
+
     def identity(self):
         """The settings that decide what is trained, as a dict."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["place"]}
@@ -323,9 +328,8 @@ class Run:
                 if stop or self.save_is_due():
                     progress.seconds += now - begin
                     begin = now
-                if stop:
-                    self.stop(model, optimizer, progress, stopped)
-                if self.save_is_due():
+                    if stop:
+                        self.stop(model, optimizer, progress, stopped)
                     self.save_checkpoint(model, optimizer, progress)
         if not progress.finite():
             return False
