@@ -16,7 +16,8 @@ import numpy as np
 import distributed
 import nn
 from figures import plot
-from train import EXPECTED, Progress, Run, UsageError, evaluate, percent, sweep, sweep_in_processes, train_step
+from together import train_groups
+from train import EXPECTED, Progress, Run, UsageError, evaluate, percent, sweep, sweep_in_processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,9 +88,10 @@ def estimate(run, steps=20):
     s = run.settings
     dataset, model, optimizer, schedule = run.prepare()
     optimizer.lr = 0  # the estimate must not depend on how training would go
+    progress, training = Progress(), run.steps(dataset, model, optimizer)
     timed, begin = [], time.perf_counter()
-    for x, labels in dataset.train_batches(s.batch, s.seed, 0):  # its preparation counts where it takes longer
-        Progress().add(*train_step(model, optimizer, x, labels))
+    for _ in training.train(progress):  # the preparation of batches counts where it takes longer
+        training.read(progress)  # waits for a GPU
         timed.append(-begin + (begin := time.perf_counter()))
         if len(timed) == steps or len(timed) > 1 and np.sum(timed) > 5:
             break
@@ -165,10 +167,7 @@ def perform(experiment, settings, todo, argv, ranks):
         print(*experiment.figures[name].notes(settings),
               f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done", sep="\n")
         return 0
-    try:
-        nn.use_device(settings.device)
-    except RuntimeError as error:
-        raise UsageError(str(error)) from None
+    settings.use_device()
     ranks.use_own_gpu()
     if todo.dry_run:
         dry_run(experiment, runs)
@@ -181,7 +180,10 @@ def perform(experiment, settings, todo, argv, ranks):
     if in_processes:
         failed = sweep_in_processes(min(settings.jobs, len(runs)), sys.argv[0], argv)
     else:
-        failed = 1 if sweep([Run(experiment, s) for s in runs], ranks, not todo.worker and ranks.size == 1) else 0
+        runs = [Run(experiment, s) for s in runs]
+        if nn.gpu and experiment.together and ranks.size == 1:
+            train_groups(runs)
+        failed = 1 if sweep(runs, ranks, not todo.worker and ranks.size == 1) else 0
     if todo.quick_figure and not failed and not todo.worker and ranks.rank == 0:
         plot(experiment, name, settings, todo.metric, record=False)
     return failed

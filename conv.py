@@ -434,11 +434,12 @@ def sums_by_products(x, g, cost):
 # ---------------------------------------------------------------------------------------------- convolution
 
 
+class EngineError(RuntimeError):
+    """A convolution that this machine cannot do; the message is one sentence."""
+
+
 def output_size(x, w, stride, padding):
-    """(H, W) of the convolution of arrays x and w; raises ValueError for what does not fit together."""
-    if x.dtype != w.dtype or x.dtype.kind != "f":
-        raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}")
-    x, w = x.shape, w.shape
+    """(H, W) of the convolution of arrays of shapes x and w; raises ValueError for what does not fit together."""
     if len(x) != 4 or len(w) != 4 or x[1] != w[1] or x[0] < 1:
         raise ValueError(f"conv2d takes images (N, C, H, W) and weights (O, C, kh, kw) of one C, not {x} and {w}")
     if stride < 1 or padding < 0:
@@ -454,9 +455,16 @@ def use_tiles(w, stride, size):
     return stride == 1 and w[2:] == (3, 3) and min(w[:2]) >= TILES_FROM and not any(n % 4 for n in size)
 
 
+def weights(w):
+    """What forward and input_gradient take for weights w (O, C, kh, kw)"""
+    return w
+
+
 def forward(x, w, stride, padding):
     """x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W')"""
-    size = output_size(x, w, stride, padding)
+    if x.dtype != w.dtype or x.dtype.kind != "f":
+        raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}")
+    size = output_size(x.shape, w.shape, stride, padding)
     y = empty((len(x), len(w), *size), x.dtype, halo=0)
     if use_tiles(w.shape, stride, size):
         tiles_forward(x, kernels_to_tiles(w), padding, y)
@@ -559,14 +567,29 @@ def add(x, y):
     return out
 
 
-def batch_norm_backward(g, x, out, weight, mean, deviation, training, separate):
-    """Gradients of BatchNorm [+ add] [+ ReLU]: (dx, dweight, dbias, dadd).
+def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, add, relu):
+    """nn.batch_norm on arrays: (out, (mean, deviation) that it was normalised by)."""
+    if training:
+        n = x.size // len(running_mean)
+        mean, var = statistics(x)
+        running_mean += momentum * (mean - running_mean)
+        running_var += momentum * (var * (n / (n - 1)) - running_var)
+    else:
+        mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
+    deviation = (var + eps) ** 0.5
+    scale = weight / deviation
+    return normalize(x, scale, bias - mean * scale, add, relu), (mean, deviation)
+
+
+def batch_norm_backward(g, x, out, weight, saved, training, separate):
+    """Gradients of BatchNorm [+ add] [+ ReLU]: (dx, dweight, dbias, dadd); saved: (mean, deviation).
 
     With xhat = (x - mean) / deviation and g the gradient behind the ReLU (0 where out = 0; out None: no ReLU):
     dweight = sum g xhat, dbias = sum g, dx = weight / deviation (g - dbias / n - xhat dweight / n), dadd = g;
     with constant statistics (training False) dx = weight / deviation g.
     separate: dadd is wanted, an array of its own.
     """
+    mean, deviation = saved
     dx = empty(x.shape, x.dtype)
     masked = dx if not separate else empty(x.shape, x.dtype, halo=0) if out is not None else g
     middle = per_channel(mean, x.dtype)
@@ -595,4 +618,4 @@ def batch_norm_backward(g, x, out, weight, mean, deviation, training, separate):
         dx += temporary
 
     by_rows(work, rows(masked), rows(x), rows(dx))
-    return dx, dweight, dbias, masked if separate else None
+    return dx, dweight.astype(weight.dtype), dbias.astype(weight.dtype), masked if separate else None

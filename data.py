@@ -77,14 +77,22 @@ class Dataset:
         next one is asked for: its memory is used again. Crops and flips depend on (seed, epoch) alone as well.
         part: (rank, ranks): of each batch only the rank's share, which may be empty.
         """
-        count = len(self.train_labels)
-        order = nn.xp.asarray(nn.generator(seed, "batches", epoch).permutation(count))
-        if not self.padding and not self.flip:
+        order, draws = (None if a is None else nn.xp.asarray(a) for a in self.shuffled(seed, epoch))
+        if draws is None:
             return self.batches(self.train_images, self.train_labels, order, batch, start, part)
-        ends = [[2 * self.padding + 1], [2 * self.padding + 1], [1 + self.flip]]
-        draws = nn.xp.asarray(nn.generator(seed, "augment", epoch).integers(0, ends, (3, count)))
         batches = self.batches(self.train_images, self.train_labels, order, batch, start, part, draws)
         return ahead(batches) if nn.xp is np else batches  # a GPU works ahead of Python by itself
+
+    def shuffled(self, seed, epoch):
+        """The order (N,) of the training images in an epoch, and draws (3, N) of what `cropped` needs for each place in
+        it, or None if images stay as they are: arrays of the host, so that a seed means the same on every device.
+        """
+        count = len(self.train_labels)
+        order = nn.generator(seed, "batches", epoch).permutation(count)
+        if not self.padding and not self.flip:
+            return order, None
+        ends = [[2 * self.padding + 1], [2 * self.padding + 1], [1 + self.flip]]
+        return order, nn.generator(seed, "augment", epoch).integers(0, ends, (3, count))
 
     def test_batches(self, batch, part=(0, 1)):
         """(x, y) of the test set in its own order; x, y and part as those of train_batches."""

@@ -427,6 +427,7 @@ EXPERIMENT = train.Experiment(
     build=build,
     optimizer=lambda s, params: nn.SGD(params, s.lr),
     schedule=lambda s: nn.ConstantLR(s.lr),
+    together=("seed", "base_width", "dense", "last", "how", "lr"),
     figures={
         "width": figures.Figure("accuracy over width at a fixed number of weights", width_runs, width_draw),
         "fig5": figures.Figure("accuracy over width and last-layer connectivity at the base's number of weights",

@@ -35,7 +35,6 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "synthetic": 10}
 class Network(train.Settings):
     """A ResNet-18 of any width at the weights of a base, and its optimiser."""
 
-    device: str = setting("cpu", "where to compute", choices=("cpu",), place=True)
     width: int = setting(64, "channels of the first stage; the others have 2, 4 and 8 times as many", least=1)
     base_width: int = setting(64, "the network keeps as many weights as a dense one of this width", least=1)
     dense: bool = setting(False, "keep all weights of this width instead")
@@ -45,10 +44,17 @@ class Network(train.Settings):
                             "cosine (to 0 at the end) or constant", choices=("steps", "cosine", "constant"))
     momentum: float = setting(0.9, "of SGD", least=0)
     weight_decay: float = setting(5e-4, "of SGD", least=0)
+    precision: str = setting("tf32", "on a GPU: fp32 without tensor cores, tf32, or images in bf16 or fp16",
+                             choices=("fp32", "tf32", "bf16", "fp16"))
+    deterministic: bool = setting(True, "on a GPU, the same bits each time; else cuDNN may add up in any order",
+                                  place=True)
+    tune: bool = setting(False, "on a GPU, time cuDNN's plans for each convolution and take the fastest: the choice, "
+                         "and so rounding, may differ from start to start", place=True)
     bases: str = setting(",".join(map(str, BASES)), "base widths of a sweep", place=True)
     widths: str = setting(",".join(map(str, WIDTHS)), "widths of a sweep", place=True)
 
     ALWAYS_NAMED = ("width", "base_width", "seed")
+    ENGINE = ("precision", "deterministic", "tune")
 
     def __post_init__(self):
         if self.dense:  # one name for one network: the dense one of a width is its own base

@@ -21,22 +21,27 @@ import conv
 # ---------------------------------------------------------------------------------------------- arrays
 
 xp = np  # the array module of every operation below: numpy, or cupy after use_device("gpu")
+gpu = None  # after that what cupy itself cannot do, or not fast: a gpu.Engine
 
 
-def use_device(device="auto"):
+def use_device(device="auto", **options):
     """Choose where new arrays live: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
 
-    Call it before anything is built. Raises RuntimeError when a GPU is asked for and cannot be used.
+    options: precision, deterministic and tune of gpu.Engine, if it is a GPU. Call it before anything is built. Raises
+    RuntimeError when a GPU is asked for and cannot be used.
     """
-    global xp
+    global xp, gpu
     if device not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device is 'auto', 'cpu' or 'gpu', not {device!r}")
-    xp = np
+    xp, gpu = np, None
     if device != "cpu":
         try:
             import cupy
 
             (cupy.zeros(1) + 1).sum()  # importing works without a driver, so launch something small
+            from gpu import Engine
+
+            gpu = Engine(**options)
             xp = cupy
         except Exception as error:  # no cupy, no driver, no device, no compiler: each has its own type
             if device == "gpu":
@@ -131,8 +136,8 @@ class Tensor:
                     continue
                 assert dp.shape == parent.shape, f"gradient of shape {dp.shape} for data of shape {parent.shape}"
                 seen = grads.get(id(parent))
-                images = seen is not None and xp is np and dp.ndim == 4
-                grads[id(parent)] = dp if seen is None else conv.add(seen, dp) if images else seen + dp
+                images = seen is not None and dp.ndim == 4
+                grads[id(parent)] = dp if seen is None else engine().add(seen, dp) if images else seen + dp
             node.parents, node.pull = (), None
 
     def accumulate(self, g):
@@ -233,6 +238,8 @@ def add(x, y):
 
 def mul(x, y):
     """x y:  dx = g y, dy = g x"""
+    if isinstance(y, (int, float)):  # not an array: nothing has to be brought to a GPU
+        return result(x.data * y, (x,), lambda g: (g * y,))
     x, y = operands(x, y)
 
     def pull(g):
@@ -378,37 +385,87 @@ def matmul(x, y):
 SPARSE_PRODUCT, SPARSE_GRADIENT = 1 / 12, 1 / 36
 
 
+def product(a, b, bias=None):
+    """a (.., M, K) @ b (.., K, N) + bias (.., N), arrays with at most one leading axis"""
+    if gpu:
+        return gpu.product(a, b, bias)
+    out = a @ b
+    if bias is not None:
+        out += bias if bias.ndim == 1 else bias[:, None]
+    return out
+
+
 def linear(x, w, b=None):
-    """y = x w^T + b for x (..., in), w (out, in), b (out,):  dx = g w, dw = g^T x, db = sum of g"""
-    if x.ndim != 2:  # (..., in) -> (batch, in) -> (..., out)
+    """y = x w^T + b for x (..., in), w (out, in), b (out,):  dx = g w, dw = g^T x, db = sum of g
+
+    Many networks at once: w (networks, out, in), b (networks, out), x (networks, batch, in).
+    """
+    if x.ndim != w.ndim:  # (..., in) -> (batch, in) -> (..., out)
         return reshape(linear(reshape(x, -1, x.shape[-1]), w, b), x.shape[:-1] + w.shape[:1])
-    density = w.density if isinstance(w, Parameter) and xp is np else 1
+    density = w.density if isinstance(w, Parameter) and w.ndim == 2 and not gpu else 1
     if density < SPARSE_PRODUCT:
         xT = xp.ascontiguousarray(x.data.T)  # (in, batch): one contiguous row for each input
         out = (w.csr() @ xT).T  # (batch, out), stored as (out, batch)
+        if b is not None:
+            out += b.data
     else:
-        out = x.data @ w.data.T
-    if b is not None:
-        out += b.data
+        out = product(x.data, w.data.swapaxes(-1, -2), None if b is None else b.data)
 
     def pull(g):
         dx = dw = db = None
         if x.requires_grad:
             # The product in the order in which x is stored, so that what follows runs along memory.
-            dx = g @ w.data if x.data.flags.c_contiguous else (w.data.T @ g.T).T
+            contiguous = x.data.flags.c_contiguous
+            dx = product(g, w.data) if contiguous else product(w.data.swapaxes(-1, -2), g.swapaxes(-1, -2))
+            dx = dx if contiguous else dx.swapaxes(-1, -2)
         if w.requires_grad:
             if density < SPARSE_GRADIENT:
                 rows, columns = np.divmod(w.kept, w.shape[1])
                 gT = np.ascontiguousarray(g.T)  # (out, batch)
                 dw = np.vecdot(gT.take(rows, 0), xT.take(columns, 0))  # (kept,)
             else:
-                dw = g.T @ x.data
+                dw = product(g.swapaxes(-1, -2), x.data)
         if b is not None and b.requires_grad:
-            db = g.sum(axis=0)
+            db = g.sum(axis=-2)
         return (dx, dw, db)[: len(parents)]
 
     parents = (x, w) if b is None else (x, w, b)
     return result(out, parents, pull)
+
+
+def classify(logits, labels):
+    """(cross_entropy(logits, labels), its sum over the batch in float64, the number of correct answers).
+
+    Many networks at once: logits (networks, N, classes), labels (networks, N); everything (networks,) then.
+    """
+    if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1]:
+        raise ValueError(f"cross_entropy takes logits (N, classes) and labels (N,), "
+                         f"not {logits.shape} and {labels.shape}")
+    N = logits.shape[-2]
+    if gpu:
+        wanted = Tensor.recording and logits.requires_grad
+        loss, dlogits, sums = gpu.cross_entropy(logits.data, labels, wanted)
+        loss_sum, correct = sums[..., 0], sums[..., 1]
+    else:
+        rows = labels.reshape(-1)  # (networks N,)
+        columns = np.arange(len(rows))
+        z = np.ascontiguousarray(logits.data.reshape(len(rows), -1).T)  # (classes, networks N): reductions over
+        correct = (z.argmax(axis=0) == rows).reshape(labels.shape).sum(axis=-1)  # classes then run along memory
+        z -= z.max(axis=0)
+        p = np.exp(z)
+        total = p.sum(axis=0)
+        loss = (np.log(total) - z[rows, columns]).reshape(labels.shape).mean(axis=-1)
+        loss_sum = loss.astype(np.float64) * N
+
+    def pull(g):
+        if gpu:
+            return (dlogits * g[..., None, None],)
+        dz = p / total
+        dz[rows, columns] -= 1
+        dz *= np.repeat(g / N, N) if labels.ndim == 2 else g / N
+        return (dz.T.reshape(logits.shape),)
+
+    return result(loss, (logits,), pull), loss_sum, correct
 
 
 def cross_entropy(logits, labels):
@@ -416,33 +473,15 @@ def cross_entropy(logits, labels):
 
     logits (N, classes), labels (N,) integers. Stable for any finite logits: the largest is subtracted first.
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"cross_entropy takes logits (N, classes) and labels (N,), "
-                         f"not {logits.shape} and {labels.shape}")
-    columns = xp.arange(len(labels))
-    z = xp.ascontiguousarray(logits.data.T)  # (classes, N): reductions over classes then run along memory
-    z -= z.max(axis=0)
-    p = xp.exp(z)
-    total = p.sum(axis=0)
-    loss = (xp.log(total) - z[labels, columns]).mean()
-
-    def pull(g):
-        dz = p / total
-        dz[labels, columns] -= 1
-        dz *= g / len(labels)
-        return (dz.T,)
-
-    return result(loss, (logits,), pull)
+    return classify(logits, labels)[0]
 
 
 # ---------------------------------------------------------------------------------------------- images
 
 
 def engine():
-    """The module that works on images in arrays of xp."""
-    if xp is not np:
-        raise RuntimeError("images are convolved on the CPU only: use --device cpu")
-    return conv
+    """What works on images in arrays of xp."""
+    return gpu or conv
 
 
 def conv2d(x, w, stride=1, padding=0):
@@ -452,12 +491,19 @@ def conv2d(x, w, stride=1, padding=0):
     shapes that do not fit. The gradients are convolutions too: see conv.py.
     """
     engine_ = engine()
+    weights = engine_.weights(w.data)
+
+    def attempt(work, *arrays):
+        try:
+            return work(*arrays, stride, padding)
+        except conv.EngineError as error:
+            raise conv.EngineError(f"{getattr(w, 'name', None) or 'a convolution'}: {error}") from None
 
     def pull(g):
-        return (engine_.input_gradient(g, w.data, x.shape, stride, padding) if x.requires_grad else None,
-                engine_.weight_gradient(g, x.data, w.shape, stride, padding) if w.requires_grad else None)
+        return (attempt(engine_.input_gradient, g, weights, x.shape) if x.requires_grad else None,
+                attempt(engine_.weight_gradient, g, x.data, w.shape) if w.requires_grad else None)
 
-    return result(engine_.forward(x.data, w.data, stride, padding), (x, w), pull)
+    return result(attempt(engine_.forward, x.data, weights), (x, w), pull)
 
 
 class StatisticsError(ValueError):
@@ -475,28 +521,18 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
     if x.ndim != 4 or x.shape[1] != len(running_mean) or add is not None and add.shape != x.shape:
         raise ValueError(f"batch_norm of {len(running_mean)} channels takes images (N, {len(running_mean)}, H, W), "
                          f"not {x.shape}" + (f", and as many to add, not {add.shape}" if add is not None else ""))
-    if training:
-        n = x.size // len(running_mean)
-        if n < 2:
-            raise StatisticsError(f"batch_norm needs more than one value for each channel to train, not images of "
-                                  f"{x.shape}: choose another --batch or --limit, or fewer processes, so that "
-                                  "none has a single image of a batch")
-        mean, var = engine_.statistics(x.data)
-        running_mean += momentum * (mean - running_mean)
-        running_var += momentum * (var * (n / (n - 1)) - running_var)
-    else:
-        mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
-    deviation = (var + eps) ** 0.5
-    scale = weight.data / deviation
-    out = engine_.normalize(x.data, scale, bias.data - mean * scale, None if add is None else add.data, relu)
+    if training and x.size < 2 * len(running_mean):
+        raise StatisticsError(f"batch_norm needs more than one value for each channel to train, not images of "
+                              f"{x.shape}: choose another --batch or --limit, or fewer processes, so that "
+                              "none has a single image of a batch")
+    out, saved = engine_.batch_norm(x.data, weight.data, bias.data, running_mean, running_var, training, momentum, eps,
+                                    None if add is None else add.data, relu)
     positive = out if relu else None
 
     def pull(g):
         separate = add is not None and add.requires_grad
-        dx, dweight, dbias, dadd = engine_.batch_norm_backward(
-            g, x.data, positive, weight.data, mean, deviation, training, separate)
-        grads = dx if x.requires_grad else None, dweight.astype(weight.dtype), dbias.astype(bias.dtype)
-        return grads if add is None else (*grads, dadd)
+        dx, *rest = engine_.batch_norm_backward(g, x.data, positive, weight.data, saved, training, separate)
+        return dx if x.requires_grad else None, *rest[: len(parents) - 1]
 
     parents = (x, weight, bias) if add is None else (x, weight, bias, add)
     return result(out, parents, pull)
@@ -504,9 +540,7 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
 
 def windows(x, size, stride, padding=0, outside=0):
     """size^2 views of x (N, C, H, W): the entry (i, j) of every window; and the padded array that they look into."""
-    if size < 1 or stride < 1 or not 0 <= padding <= size // 2 or min(x.shape[2:]) + 2 * padding < size:
-        raise ValueError(f"windows of {size}x{size} with stride {stride} and padding {padding} "
-                         f"do not fit images of {x.shape[2]}x{x.shape[3]}")
+    check_windows(x, size, stride, padding)
     N, C, H, W = x.shape
     if padding:
         full = xp.full((H + 2 * padding, C, W + 2 * padding, N), outside, x.dtype).transpose(3, 1, 0, 2)
@@ -514,6 +548,13 @@ def windows(x, size, stride, padding=0, outside=0):
         x = full
     h, w = ((n - size) // stride * stride + 1 for n in x.shape[2:])
     return [x[:, :, i : i + h : stride, j : j + w : stride] for i in range(size) for j in range(size)], x
+
+
+def check_windows(x, size, stride, padding):
+    """ValueError unless there are windows of this size in x (N, C, H, W)."""
+    if size < 1 or stride < 1 or not 0 <= padding <= size // 2 or min(x.shape[2:]) + 2 * padding < size:
+        raise ValueError(f"windows of {size}x{size} with stride {stride} and padding {padding} "
+                         f"do not fit images of {x.shape[2]}x{x.shape[3]}")
 
 
 def avg_pool2d(x, size, stride=None, padding=0):
@@ -542,6 +583,10 @@ def inside(full, shape, padding):
 def max_pool2d(x, size, stride=None, padding=0):
     """Largest entry of windows of size x size:  dx = g there, to the first of equals as in PyTorch"""
     stride = size if stride is None else stride
+    if gpu:
+        check_windows(x, size, stride, padding)
+        out, which = gpu.max_pool(x.data, size, stride, padding)
+        return result(out, (x,), lambda g: (gpu.max_pool_gradient(g, which, x.shape, size, stride, padding),))
     views, _ = windows(x.data, size, stride, padding, -math.inf)
     out = views[0].copy("K")
     for view in views[1:]:
@@ -562,10 +607,17 @@ def max_pool2d(x, size, stride=None, padding=0):
 
 def global_avg_pool(x):
     """Mean over each image: (N, C, H, W) -> (N, C)"""
+    if gpu:
+        return result(gpu.mean_pool(x.data), (x,), lambda g: (gpu.mean_pool_gradient(g, x.shape, x.dtype),))
     return mean(x, axis=(2, 3))
 
 
 # ---------------------------------------------------------------------------------------------- layers
+
+
+def stored(array):
+    """A parameter's array in the order in which it is kept: SGD updates it through a flat view, cuDNN wants NHWC."""
+    return gpu.parameter(array) if gpu else np.ascontiguousarray(array)
 
 
 class Parameter(Tensor):
@@ -573,35 +625,40 @@ class Parameter(Tensor):
 
     mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero.
     density: the fraction of entries that are kept, 1 without a mask.
-    kept: None, or for a mask of low density the positions of the kept entries in data.reshape(-1), ascending:
-        then products and updates touch only them.
+    kept: None, or on a CPU for a matrix's mask of low density the positions of the kept entries in data.reshape(-1),
+        ascending: then products and updates touch only them.
+    name: its dotted name in the network whose parameters() were listed last, for messages.
     """
 
-    __slots__ = ("mask", "density", "kept", "_csr")
+    __slots__ = ("mask", "density", "kept", "name", "_csr")
 
     def __init__(self, data, mask=None):
         super().__init__(data, requires_grad=True)
-        self.data = xp.ascontiguousarray(self.data)  # SGD updates kept entries through the view data.reshape(-1)
+        self.data = stored(self.data)
+        self.name = None
         self.set_mask(mask)
 
     def set_mask(self, mask):
         """Take this mask (None: dense) and zero the masked entries."""
         self.mask, self.density, self.kept, self._csr = None, 1.0, None, None
         if mask is not None:
-            mask = xp.asarray(mask, dtype=bool)
+            mask = stored(xp.asarray(mask, dtype=bool))
             if mask.shape != self.shape:
                 raise ValueError(f"a mask of shape {mask.shape} does not fit a parameter of shape {self.shape}")
             self.mask, self.density = mask, float(mask.mean())
-            self.kept = xp.flatnonzero(mask) if self.density < SPARSE_GRADIENT else None
+            if self.density < SPARSE_GRADIENT and not gpu and self.ndim != 3:
+                self.kept = np.flatnonzero(mask)
             self.data[~mask] = 0
 
     def accumulate(self, g):
-        """Add g to .grad, zero where masked; g may hold the gradients of the kept entries alone."""
+        """Add g to .grad, zero where masked; g may hold the gradients of the kept entries alone. On a GPU, where each
+        pass over the entries would be a launch, nothing is masked before SGD passes over them anyway.
+        """
         if self.kept is not None:
             values = g if g.shape == self.kept.shape else g.reshape(-1)[self.kept]
             g = xp.zeros_like(self.data)
             g.reshape(-1)[self.kept] = values
-        elif self.mask is not None:
+        elif self.mask is not None and not gpu:
             g *= self.mask
         super().accumulate(g)
 
@@ -660,6 +717,9 @@ class Module:
         return self.named_arrays(Parameter)
 
     def parameters(self):
+        """The Parameters in that order; from then on they know their names."""
+        for name, p in self.named_parameters():
+            p.name = name
         return [p for _, p in self.named_parameters()]
 
     def state_dict(self):
@@ -738,7 +798,7 @@ class Linear(Layer):
 
     def forward(self, x):
         y = linear(x, self.weight, self.bias)
-        return y * self.weight.shape[1] ** -0.5 if self.ntk else y
+        return y * self.weight.shape[-1] ** -0.5 if self.ntk else y
 
 
 class ReLU(Module):
@@ -777,10 +837,12 @@ class BatchNorm2d(Module):
 
 
 class Flatten(Module):
-    """(N, ...) -> (N, everything else)"""
+    """(N, ...) -> (N, everything else), with kept = 2 (networks, N, ...) -> (networks, N, everything else)"""
+
+    kept = 1
 
     def forward(self, x):
-        return x if x.ndim == 2 else reshape(x, len(x), -1)
+        return x if x.ndim == self.kept + 1 else reshape(x, *x.shape[: self.kept], -1)
 
 
 class Sequential(Module):
@@ -927,15 +989,41 @@ class SGD:
     """
 
     def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
-        if lr < 0 or momentum < 0 or weight_decay < 0:
+        if np.min(lr) < 0 or momentum < 0 or weight_decay < 0:
             raise ValueError(f"lr, momentum and weight_decay are not negative: {lr}, {momentum}, {weight_decay}")
         if nesterov and momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         self.params = list(params)
-        self.lr, self.momentum, self.weight_decay, self.nesterov = lr, momentum, weight_decay, nesterov
-        self.velocity = [None] * len(self.params)  # flat arrays, of the entries that take part
+        self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
+        self.velocity = [None] * len(self.params)  # on a CPU flat arrays, of the entries that take part
+        self.rate = self.scaling = None  # on a GPU: the learning rate, and in fp16 the state of the loss's scale
+        if gpu:
+            self.scaling = gpu.scaling()
+            self.velocity = [stored(xp.zeros_like(p.data)) if momentum else None for p in self.params]
+        self.lr = lr
+
+    @property
+    def lr(self):
+        """The learning rate, or an array of one for each of many networks at once."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr):
+        self._lr = lr
+        if gpu:  # in the same memory each time, where captured steps find it
+            if self.rate is None or self.rate.size != np.size(lr):
+                self.rate = xp.empty(np.size(lr), self.params[0].dtype)
+            self.rate.set(np.broadcast_to(np.asarray(lr, self.rate.dtype), self.rate.shape))
+
+    @property
+    def loss_scale(self):
+        """What backward() of the loss should start from: None, or in fp16 the factor that step() divides out again."""
+        return None if self.scaling is None else self.scaling[0]
 
     def step(self):
+        if gpu:
+            options = self.momentum, self.weight_decay, self.nesterov, self.scaling
+            return gpu.sgd(self.params, self.velocity, self.rate, *options)
         for i, p in enumerate(self.params):
             if p.grad is None:
                 continue
@@ -948,25 +1036,44 @@ class SGD:
                 v = self.velocity[i]
                 v = self.velocity[i] = g.copy() if v is None else self.momentum * v + g
                 g = g + self.momentum * v if self.nesterov else v
-            w[part] -= self.lr * g
+            lr = np.repeat(np.asarray(self.lr, p.dtype), p.size // np.size(self.lr)) if np.ndim(self.lr) else self.lr
+            w[part] -= lr * g
 
     def zero_grad(self):
         for p in self.params:
             p.grad = None
 
     def state_dict(self):
-        """{"velocity.0": array, ...} of the parameters that have one."""
-        return {f"velocity.{i}": np.array(to_host(v)) for i, v in enumerate(self.velocity) if v is not None}
+        """{"velocity.0": flat array, ...} of the parameters that have one; in fp16 "scaling": the loss's scale and for
+        how many steps it has been right.
+        """
+        state = {f"velocity.{i}": np.array(to_host(v)).reshape(-1)
+                 for i, v in enumerate(self.velocity) if v is not None}
+        if self.scaling is not None:
+            scale, good, _ = to_host(self.scaling)
+            state["scaling"] = np.array([scale, good.view(np.int32)], np.float64)
+        return state
 
     def load_state_dict(self, state):
-        self.velocity = [None] * len(self.params)
+        """Take a state_dict() of an optimiser of the same network, on whichever device it was."""
         for i, p in enumerate(self.params):
-            if f"velocity.{i}" in state:
-                v = state[f"velocity.{i}"]
-                expected = p.size if p.kept is None else len(p.kept)
-                if v.shape != (expected,):
-                    raise ValueError(f"velocity.{i} has shape {v.shape} instead of ({expected},)")
-                self.velocity[i] = xp.asarray(v, dtype=p.dtype)
+            v = state.get(f"velocity.{i}")
+            if v is None:
+                self.velocity[i] = stored(xp.zeros_like(p.data)) if gpu and self.momentum else None
+                continue
+            kept = None if p.mask is None else np.flatnonzero(to_host(p.mask))
+            if v.shape not in [(p.size,)] + [a.shape for a in (kept,) if a is not None]:
+                raise ValueError(f"velocity.{i} has shape {v.shape} instead of ({p.size},)")
+            if v.size < p.size:  # of the kept entries alone
+                v, part = np.zeros(p.size, v.dtype), v
+                v[kept] = part
+            if gpu:
+                self.velocity[i] = stored(xp.asarray(v.reshape(p.shape), dtype=p.dtype))
+            else:
+                self.velocity[i] = np.array(v if p.kept is None else v[p.kept], dtype=p.dtype)
+        if self.scaling is not None and "scaling" in state:
+            scale, good = state["scaling"]
+            self.scaling.set(np.array([scale, np.int32(good).view(np.float32), 0], np.float32))
 
 
 # Schedules: the learning rate of an epoch, counted from 0. They keep no state, so a resumed run needs none.

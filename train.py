@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import conv
 import data
 import distributed
 import nn
@@ -41,7 +42,7 @@ class UsageError(Exception):
 
 
 # errors whose message says all that there is to say
-EXPECTED = UsageError, FileFault, data.DataError, distributed.JobError, nn.StatisticsError
+EXPECTED = UsageError, FileFault, data.DataError, distributed.JobError, nn.StatisticsError, conv.EngineError
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -66,11 +67,15 @@ class Settings:
     lr: float = setting(0.1, "learning rate", least=0)
     data_dir: str = setting("data", "where data sets are found or downloaded to", place=True)
     out: str = setting("runs", "where runs are written", place=True)
-    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "gpu"), place=True)
+    device: str = setting("auto", "where to compute: auto takes a GPU if one is usable", choices=("auto", "cpu", "gpu"),
+                          place=True)
+    graph: bool = setting(True, "on a GPU, capture training steps as CUDA graphs; without, slower, the same bits",
+                          place=True)
     jobs: int = setting(1, "processes of a sweep", least=1, place=True)
     save_every: float = setting(30.0, "seconds between checkpoints", least=0, place=True)
     seeds: int = setting(0, "seeds of a sweep (0: as many as its figure shows)", least=0, place=True)
 
+    ENGINE = ()  # settings that nn.use_device takes for a GPU
     ALWAYS_NAMED = ("seed",)  # other settings are in a run's name when they differ from their default
 
     def check(self):
@@ -81,6 +86,17 @@ class Settings:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be a number of at least {least}, not {value}")
             if choices and value not in choices:
                 raise UsageError(f"--{f.name.replace('_', '-')} is one of {', '.join(choices)}, not {value}")
+
+    def use_device(self):
+        """Compute where these settings say; UsageError if that is not possible."""
+        try:
+            device = nn.use_device(self.device, **{name: getattr(self, name) for name in self.ENGINE})
+        except RuntimeError as error:
+            raise UsageError(str(error)) from None
+        if device == "cpu":
+            for f in fields(self):
+                if f.name in self.ENGINE and getattr(self, f.name) != f.default:
+                    raise UsageError(f"--{f.name} is for GPUs, and this would be trained on the CPU")
 
     def part_of(self, dataset):
         """The data set as --held-out and then --limit leave it."""
@@ -135,8 +151,9 @@ def versions():
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         processor = names[0].split(":", 1)[1].strip() if names else processor
-    return {"python": platform.python_version(), nn.xp.__name__: nn.xp.__version__, "code": code_version(),
-            "device": "cpu" if nn.xp is np else "gpu", "processor": processor, "cores": os.cpu_count()}
+    device = {"device": "gpu", **nn.gpu.versions()} if nn.gpu else {"device": "cpu"}
+    return {"python": platform.python_version(), nn.xp.__name__: nn.xp.__version__, "code": code_version(), **device,
+            "processor": processor, "cores": os.cpu_count()}
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -152,7 +169,8 @@ class Experiment:
     load(settings) -> data.Dataset; build(settings, dataset) -> nn.Module with weights and masks drawn;
     optimizer(settings, parameters) -> nn.SGD; schedule(settings) -> learning rate of an epoch.
     quick: the settings that --quick changes; quick_figure: what it sweeps and draws if no width is given.
-    test_batch: images evaluated at a time. figures_ignore: {setting: the flags that figures take in its place}.
+    test_batch: images evaluated at a time. together: settings in which networks may differ that a GPU trains as one
+    (see together.py; none: one at a time). figures_ignore: {setting: the flags that figures take in its place}.
     actions: {flag: (help, what it does with the settings)} of what can be done besides training.
     """
 
@@ -169,6 +187,7 @@ class Experiment:
     quick_help: str
     quick_figure: str
     test_batch: int = 1000
+    together: tuple = ()
     figures_ignore: dict = field(default_factory=dict)
     actions: dict = field(default_factory=dict)
 
@@ -263,33 +282,35 @@ class Run:
         s = self.settings
         dataset, model, optimizer, schedule = self.prepare()
         with stop_signal() as stopped:  # from before the first write until after the last one
-            if self.ranks.rank == 0:
-                remove_leftovers(self.folder)
-            progress = self.load_checkpoint(model, optimizer)
-            self.write_config(anew=progress is None)
-            progress = progress or Progress()
+            progress = self.begin(model, optimizer)
             about = np.array(json.dumps(s.identity())), np.array(nn.xp.__name__)
             self.ranks.check_same("before training", "settings or data", *about, dataset.train_labels,
                                   dataset.test_labels)
             self.check_same_network("before training", model)
-            steps = math.ceil(len(dataset.train_labels) / s.batch)
-            bar = tqdm(total=s.epochs * steps, initial=progress.epoch * steps + progress.step, unit="step",
+            steps = self.steps(dataset, model, optimizer, stopped)
+            count = math.ceil(len(dataset.train_labels) / s.batch)
+            bar = tqdm(total=s.epochs * count, initial=progress.epoch * count + progress.step, unit="step",
                        disable=None if bar and self.ranks.rank == 0 else True, mininterval=0.5)
             finite, self.saved = True, time.monotonic()
             # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
             with bar, np.errstate(over="ignore", invalid="ignore"):
                 while finite and progress.epoch < s.epochs:
-                    finite = self.epoch(dataset, model, optimizer, schedule(progress.epoch), progress, stopped, bar)
+                    finite = self.epoch(steps, schedule(progress.epoch), progress, bar)
                     self.check_same_network(f"after epoch {progress.epoch}", model)
                     if finite and (self.save_is_due() or progress.epoch == s.epochs):
                         self.save_checkpoint(model, optimizer, progress)
-            if not finite:
-                self.say(f"{s.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; "
-                         "recorded as diverged")
             result = self.write_result(model, progress, diverged=not finite)
         if stopped:  # asked to stop after the last step: the run is done, but what would follow must not begin
             raise SystemExit(128 + stopped[0])
         return result
+
+    def begin(self, model, optimizer):
+        """How far the run is, with that state in model and optimizer; its folder is made ready to go on."""
+        if self.ranks.rank == 0:
+            remove_leftovers(self.folder)
+        progress = self.load_checkpoint(model, optimizer)
+        self.write_config(anew=progress is None)
+        return progress or Progress()
 
     def check_same_network(self, when, model):
         """JobError unless weights, masks and estimates are the same on all ranks; also their names, in order."""
@@ -306,22 +327,22 @@ class Run:
             config["ranks"].append(self.ranks.size)
             self.write("config.json", as_json(config))
 
-    def epoch(self, dataset, model, optimizer, lr, progress, stopped, bar):
+    def steps(self, dataset, model, optimizer, stopped=()):
+        """What does the steps of this run."""
+        kind = GraphSteps if nn.gpu and self.ranks.size == 1 else Steps
+        return kind(self.settings, dataset, model, optimizer, self.experiment.test_batch, self.ranks, stopped)
+
+    def epoch(self, steps, lr, progress, bar):
         """Train to the end of the epoch at hand and evaluate; False if the loss is not finite."""
-        s, ranks = self.settings, self.ranks
+        s, model, optimizer = self.settings, steps.model, steps.optimizer
         begin = looked = time.monotonic()
         optimizer.lr = lr
-        model.train()
-        left = len(dataset.train_labels) - progress.step * s.batch
-        for x, labels in dataset.train_batches(s.batch, s.seed, progress.epoch, progress.step, ranks.part):
-            sums = train_step(model, optimizer, x, labels, ranks, len(labels) / min(s.batch, left))
-            left -= s.batch
-            *sums, stop = ranks.sum(*sums, len(stopped))  # if one rank is told to stop, all do after the same step
-            progress.add(*sums)
+        for stop in steps.train(progress):
             bar.update()
             now = time.monotonic()
-            if stop or ranks.size > 1 or now - looked > LOOK_EVERY:
+            if stop or self.ranks.size > 1 or now - looked > LOOK_EVERY:
                 looked = now
+                steps.read(progress)
                 if not progress.finite():
                     return False
                 bar.set_description(progress.description(s.epochs), refresh=False)
@@ -329,16 +350,16 @@ class Run:
                     progress.seconds += now - begin
                     begin = now
                     if stop:
-                        self.stop(model, optimizer, progress, stopped)
+                        self.stop(model, optimizer, progress, steps.stopped)
                     self.save_checkpoint(model, optimizer, progress)
+        steps.read(progress)
         if not progress.finite():
             return False
         bar.set_description(progress.description(s.epochs), refresh=False)
-        batches = dataset.test_batches(self.experiment.test_batch * ranks.size, ranks.part)
-        found = evaluate(model, batches, ranks, stopped)
+        found = steps.evaluate()
         progress.seconds += time.monotonic() - begin
         if not found:
-            self.stop(model, optimizer, progress, stopped)
+            self.stop(model, optimizer, progress, steps.stopped)
         progress.end_epoch(lr, *found)
         return True
 
@@ -406,6 +427,9 @@ class Run:
         self.write("log.csv", rows.getvalue())
 
     def write_result(self, model, progress, diverged):
+        if diverged:
+            self.say(f"{self.settings.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; "
+                     "recorded as diverged")
         self.write_log(progress)  # a cut may have come between the last checkpoint and its log
         layers = [{"name": name, "shape": list(layer.weight.shape), "size": layer.weight.size,
                    "kept": layer.weight.count}
@@ -484,14 +508,14 @@ class Progress:
 def train_step(model, optimizer, x, labels, ranks=distributed.Alone(), share=1.0):
     """One step of SGD on a batch, of which this rank has this share: x, labels, perhaps none.
 
-    Returns this rank's sums: of the loss, of correct answers, of examples.
+    Returns this rank's sums: of the loss, of correct answers, of examples. For many networks at once, each with its own
+    batch, the first two are arrays.
     """
     sums = 0.0, 0, 0
     if len(labels):
-        logits = model(nn.Tensor(x))
-        loss = nn.cross_entropy(logits, labels)
-        loss.backward()
-        sums = (loss.data.astype(np.float64) * len(labels), (logits.data.argmax(axis=1) == labels).sum(), len(labels))
+        loss, *sums = nn.classify(model(nn.Tensor(x)), labels)
+        loss.backward(nn.xp.ones_like(loss.data) if loss.ndim else optimizer.loss_scale)
+        sums = *sums, labels.shape[-1]
     ranks.average(model, share)
     optimizer.step()
     optimizer.zero_grad()
@@ -507,12 +531,118 @@ def evaluate(model, batches, ranks=distributed.Alone(), stopped=()):
             if any(ranks.sum(len(stopped))):
                 return None
             if len(labels):
-                logits = model(nn.Tensor(x))
-                loss_sum += float(nn.cross_entropy(logits, labels).data) * len(labels)
-                correct += int((logits.data.argmax(axis=1) == labels).sum())
-                seen += len(labels)
+                _, *sums = nn.classify(model(nn.Tensor(x)), labels)
+                loss_sum, correct, seen = loss_sum + float(sums[0]), correct + int(sums[1]), seen + len(labels)
     loss_sum, correct, seen = ranks.sum(loss_sum, correct, seen)
     return loss_sum / max(seen, 1), correct / max(seen, 1)
+
+
+class Steps:
+    """The steps of a run, each from Python. stopped: fills when the run is told to stop."""
+
+    def __init__(self, settings, dataset, model, optimizer, test_batch, ranks=distributed.Alone(), stopped=()):
+        self.settings, self.dataset, self.model, self.optimizer = settings, dataset, model, optimizer
+        self.test_batch, self.ranks, self.stopped = test_batch, ranks, stopped
+
+    def train(self, progress):
+        """Do what is left of the epoch; yields after each step whether a rank was told to stop: then all do."""
+        s, ranks, dataset = self.settings, self.ranks, self.dataset
+        self.model.train()
+        left = len(dataset.train_labels) - progress.step * s.batch
+        for x, labels in dataset.train_batches(s.batch, s.seed, progress.epoch, progress.step, ranks.part):
+            sums = train_step(self.model, self.optimizer, x, labels, ranks, len(labels) / min(s.batch, left))
+            left -= s.batch
+            *sums, stop = ranks.sum(*sums, len(self.stopped))
+            progress.add(*sums)
+            yield stop
+
+    def read(self, progress):
+        """Bring the sums of `progress` up to date."""
+
+    def evaluate(self):
+        """(mean loss, accuracy) on the test set; None if told to stop."""
+        batches = self.dataset.test_batches(self.test_batch * self.ranks.size, self.ranks.part)
+        return evaluate(self.model, batches, self.ranks, self.stopped)
+
+
+class GraphSteps(Steps):
+    """The same on a GPU with no Python inside a step: each is one CUDA graph that takes its batch from a data set on
+    the GPU and adds to sums there, which are read now and then. members: Settings of many networks trained as one (see
+    together.py), of which each has its own order; sums are arrays then.
+    """
+
+    def __init__(self, *arguments, members=None):
+        super().__init__(*arguments)
+        self.members, groups, d = members, members and len(members), self.dataset
+        self.pool, self.replays = nn.gpu.pool(), {}
+        # loss and correct answers, of the epoch and of the test
+        self.sums = {training: nn.xp.zeros((2, groups) if groups else 2) for training in (True, False)}
+        self.resident = isinstance(d, data.Dataset)
+        if self.resident:
+            self.feeds = {True: nn.gpu.feed(d.train_images, d.train_labels, d.scale, d.shift, d.padding, groups),
+                          False: nn.gpu.feed(d.test_images, d.test_labels, d.scale, d.shift, groups=groups)}
+        else:
+            self.feeds = dict.fromkeys((True, False), nn.gpu.inbox(max(self.settings.batch, self.test_batch), d.shape))
+
+    def replay(self, training, size):
+        """The captured step, or evaluation, of a batch of this size."""
+        def work():
+            x, labels = self.feeds[training].batch(size)
+            if training:
+                loss_sum, correct, _ = train_step(self.model, self.optimizer, x, labels)
+            else:
+                with nn.no_grad():
+                    _, loss_sum, correct = nn.classify(self.model(nn.Tensor(x)), labels)
+            for total, more in zip(self.sums[training], (loss_sum, correct)):
+                total += more
+
+        if (training, size) not in self.replays:
+            self.replays[training, size] = nn.gpu.replay(work, self.pool, self.settings.graph)
+        return self.replays[training, size]
+
+    def shuffled(self, epoch):
+        """The order, and what is drawn for each place in it, of an epoch; of all members beside each other."""
+        if self.members is None:
+            return self.dataset.shuffled(self.settings.seed, epoch)
+        orders, draws = zip(*(self.dataset.shuffled(member.seed, epoch) for member in self.members))
+        return np.stack(orders), None if draws[0] is None else np.stack(draws)
+
+    def batches(self, training, batch, epoch=0, start=0):
+        """Do what is left of an epoch or of the test set; yields the size of each batch after it."""
+        d, seed = self.dataset, self.settings.seed
+        if self.resident:
+            count = len(d.train_labels if training else d.test_labels)
+            self.feeds[training].begin(*(self.shuffled(epoch) if training else (None, None)), start * batch)
+            for first in range(start * batch, count, batch):
+                size = min(batch, count - first)
+                self.replay(training, size)()
+                yield size
+        else:
+            for x, labels in d.train_batches(batch, seed, epoch, start) if training else d.test_batches(batch):
+                self.feeds[training].put(x, labels)
+                self.replay(training, len(labels))()
+                yield len(labels)
+
+    def train(self, progress):
+        self.model.train()
+        self.sums[True].set(np.array([progress.loss_sum, progress.correct], np.float64))
+        for size in self.batches(True, self.settings.batch, progress.epoch, progress.step):
+            progress.step += 1
+            progress.seen += size
+            yield len(self.stopped)
+
+    def read(self, progress):
+        progress.loss_sum, progress.correct = self.sums[True].get().tolist()
+
+    def evaluate(self):
+        self.model.eval()
+        self.sums[False].fill(0)
+        seen = 0
+        for size in self.batches(False, self.test_batch):
+            seen += size
+            if self.stopped:
+                return None
+        return (self.sums[False].get() / max(seen, 1)).tolist()
 
 
 @contextlib.contextmanager
@@ -578,20 +708,21 @@ def train_those(runs, numbers, bar, stopped=()):
                 elif run.failure() not in (None, before[i]):  # of another process, meanwhile
                     failed += 1
                 elif not run.done():
-                    name = run.settings.run_name()
                     try:
-                        result = run.train(bar)
+                        announce(run, run.train(bar), runs)
                     except Exception as error:
                         failed += 1
-                        print(f"{name}: {run.record_failure(error)}", file=sys.stderr, flush=True)
-                        continue
-                    count = sum(r.done() for r in runs)
-                    print(f"[{count}/{len(runs)}] {name}: "
-                          f"test {percent(result['best_test_acc'])} in {result['seconds']:.0f} s", flush=True)
+                        print(f"{run.settings.run_name()}: {run.record_failure(error)}", file=sys.stderr, flush=True)
         waiting = busy
         if busy:
             time.sleep(1)
     return failed
+
+
+def announce(run, result, runs):
+    """Say that a run of a sweep is done."""
+    print(f"[{sum(r.done() for r in runs)}/{len(runs)}] {run.settings.run_name()}: "
+          f"test {percent(result['best_test_acc'])} in {result['seconds']:.0f} s", flush=True)
 
 
 def sweep_in_processes(jobs, script, argv):

@@ -1,0 +1,456 @@
+// The kernels of gpu.py: all of a training step but the convolutions.
+//
+// Compiled for each type of images: TYPE (float, double, float16, bfloat16); REAL (float, double where TYPE is), in
+// which parameters are kept and everything is computed; V, the channels that a thread takes at a time, as one word.
+// Images are pixels of C channels in memory (NHWC), M = N H W of them. Blocks have 256 threads. Sums are over fixed
+// parts in a fixed order, never by atomic additions: the same step gives the same bits.
+
+struct float16 { unsigned short bits; };
+struct bfloat16 { unsigned short bits; };
+struct alignas(sizeof(TYPE) * V) Pack { TYPE at[V]; };
+typedef long long integer;
+
+#ifndef SIMULATED  // tests/simulated_gpu.h has these for the host
+__device__ __forceinline__ float half_to_float(unsigned short bits)
+{
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+__device__ __forceinline__ unsigned short float_to_half(float x)
+{
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif
+
+union Word { float number; unsigned bits; };
+
+__device__ __forceinline__ REAL get(float x) { return x; }
+__device__ __forceinline__ REAL get(double x) { return x; }
+__device__ __forceinline__ REAL get(float16 x) { return half_to_float(x.bits); }
+__device__ __forceinline__ REAL get(bfloat16 x)
+{
+    Word w;
+    w.bits = (unsigned)x.bits << 16;
+    return w.number;
+}
+__device__ __forceinline__ void set(float& to, REAL x) { to = x; }
+__device__ __forceinline__ void set(double& to, REAL x) { to = x; }
+__device__ __forceinline__ void set(float16& to, REAL x) { to.bits = float_to_half(x); }
+__device__ __forceinline__ void set(bfloat16& to, REAL x)
+{
+    Word w;
+    w.number = x;
+    if (x != x) to.bits = 0x7fff;  // rounding must not turn a NaN into infinity
+    else to.bits = (w.bits + 0x7fff + (w.bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+}
+
+// Unfused on purpose: NumPy rounds between product and sum, and a batch should have the same bits on either device.
+__device__ __forceinline__ float scaled(float x, float a, float b) { return __fadd_rn(__fmul_rn(x, a), b); }
+__device__ __forceinline__ double scaled(double x, double a, double b) { return __dadd_rn(__dmul_rn(x, a), b); }
+
+// A grid of any size covers all i below `count`.
+#define EVERY(i, count) \
+    for (integer i = blockIdx.x * (integer)blockDim.x + threadIdx.x; i < (count); i += gridDim.x * (integer)blockDim.x)
+
+// Adds up what threads t, t + `width`, t + 2 `width`, ... of the block hold of K numbers, s[k][thread]; all threads have
+// to call it after a __syncthreads(). The sums are then in s[k][t] for t < width, a power of two.
+template <typename T, int K> __device__ void reduce(T (&s)[K][256], int width)
+{
+    const int t = threadIdx.x;
+    for (int half = 128; half >= width; half /= 2) {
+        if (t < half)
+            for (int k = 0; k < K; k++) s[k][t] += s[k][t + half];
+        __syncthreads();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ batches
+
+// x[i] = scale * crop(image) + shift for the examples order[cursor], order[cursor + 1], ... (order null: 0, 1, ...), with
+// images (n, C, H, W) of bytes, x (batch, H, W, channels), channels >= C, the rest zero. draws (3, count), or null: the
+// crop's row and column in the image with `padding` zeros around it, and whether it is mirrored, for each place in the
+// order. blockIdx.y: one of several networks, each with its own order, draws, x and y; scale, shift (C, H, W).
+extern "C" __global__ void batch(const unsigned char* images, const integer* labels, const integer* order,
+    const int* draws, const integer* cursor, integer count, int size, int C, int H, int W, int channels, int padding,
+    const REAL* scale, const REAL* shift, TYPE* x, integer* y)
+{
+    const integer entries = (integer)H * W * channels, group = blockIdx.y;
+    if (order) order += group * count;
+    if (draws) draws += group * 3 * count;
+    EVERY(e, size * entries) {
+        const int i = e / entries, c = e % channels, w = e / channels % W, h = e / channels / W % H;
+        const integer place = *cursor + i, n = order ? order[place] : place;
+        REAL value = 0;
+        if (c < C) {
+            int row = h, column = w;
+            if (draws) {
+                row += draws[place] - padding;
+                column = (draws[2 * count + place] ? W - 1 - w : w) + draws[count + place] - padding;
+            }
+            const bool inside = row >= 0 && row < H && column >= 0 && column < W;
+            const int pixel = inside ? images[((n * C + c) * H + row) * W + column] : 0;
+            const int entry = (c * H + h) * W + w;
+            value = scaled((REAL)pixel, scale[entry], shift[entry]);
+        }
+        set(x[group * size * entries + e], value);
+        if (e % entries == 0) y[group * size + i] = labels[n];
+    }
+}
+
+extern "C" __global__ void advance(integer* cursor, integer by)
+{
+    if (threadIdx.x == 0) *cursor += by;
+}
+
+// y (N, H, W, channels) from x (N, C, H, W) with any strides, of TYPE or, if wide, of REAL; further channels are zero.
+extern "C" __global__ void to_images(const void* x, int wide, integer sn, integer sc, integer sh, integer sw, int C,
+    int H, int W, int channels, integer count, TYPE* y)
+{
+    EVERY(i, count) {
+        const integer c = i % channels, w = i / channels % W, h = i / channels / W % H, n = i / channels / W / H;
+        const integer from = n * sn + c * sc + h * sh + w * sw;
+        set(y[i], c >= C ? (REAL)0 : wide ? ((const REAL*)x)[from] : get(((const TYPE*)x)[from]));
+    }
+}
+
+// y (pixels, C) of REAL, from x (pixels, channels) of TYPE
+extern "C" __global__ void from_images(const TYPE* x, int C, int channels, integer count, REAL* y)
+{
+    EVERY(i, count) y[i] = get(x[i / C * channels + i % C]);
+}
+
+// ------------------------------------------------------------------------------------------------ BatchNorm
+
+// For each channel and each of gridDim.y parts of the pixels: the sums of x - near and of (x - near)^2, near being the
+// channel's first entry, so that nothing cancels. `lanes`, a power of two, packs of channels to a block.
+extern "C" __global__ __launch_bounds__(256) void channel_sums(const TYPE* x, integer M, int C, int lanes, REAL* sums)
+{
+    __shared__ REAL s[2 * V][256];
+    const int t = threadIdx.x, packs = C / V, lane = blockIdx.x * lanes + t % lanes, rows = 256 / lanes;
+    REAL first[V], second[V], near[V];
+    for (int v = 0; v < V; v++) first[v] = second[v] = near[v] = 0;
+    if (lane < packs) {
+        for (int v = 0; v < V; v++) near[v] = get(x[lane * V + v]);
+        for (integer i = blockIdx.y * rows + t / lanes; i < M; i += gridDim.y * rows) {
+            const Pack p = ((const Pack*)x)[i * packs + lane];
+            for (int v = 0; v < V; v++) {
+                const REAL d = get(p.at[v]) - near[v];
+                first[v] += d;
+                second[v] += d * d;
+            }
+        }
+    }
+    for (int v = 0; v < V; v++) s[v][t] = first[v], s[V + v][t] = second[v];
+    __syncthreads();
+    reduce(s, lanes);
+    if (t < lanes && lane < packs)
+        for (int v = 0; v < V; v++) {
+            sums[2 * blockIdx.y * C + lane * V + v] = s[v][t];
+            sums[(2 * blockIdx.y + 1) * C + lane * V + v] = s[V + v][t];
+        }
+}
+
+// The same for the gradient g behind the ReLU (0 where out = 0; out null: no ReLU): sums of g and of g (x - mean).
+extern "C" __global__ __launch_bounds__(256) void gradient_sums(const TYPE* g, const TYPE* x, const TYPE* out,
+    const REAL* mean, integer M, int C, int lanes, REAL* sums)
+{
+    __shared__ REAL s[2 * V][256];
+    const int t = threadIdx.x, packs = C / V, lane = blockIdx.x * lanes + t % lanes, rows = 256 / lanes;
+    REAL first[V], second[V], middle[V];
+    for (int v = 0; v < V; v++) first[v] = second[v] = middle[v] = 0;
+    if (lane < packs) {
+        for (int v = 0; v < V; v++) middle[v] = mean[lane * V + v];
+        for (integer i = blockIdx.y * rows + t / lanes; i < M; i += gridDim.y * rows) {
+            const Pack pg = ((const Pack*)g)[i * packs + lane], px = ((const Pack*)x)[i * packs + lane];
+            const Pack po = out ? ((const Pack*)out)[i * packs + lane] : pg;
+            for (int v = 0; v < V; v++) {
+                const REAL value = !out || get(po.at[v]) > 0 ? get(pg.at[v]) : (REAL)0;
+                first[v] += value;
+                second[v] += value * (get(px.at[v]) - middle[v]);
+            }
+        }
+    }
+    for (int v = 0; v < V; v++) s[v][t] = first[v], s[V + v][t] = second[v];
+    __syncthreads();
+    reduce(s, lanes);
+    if (t < lanes && lane < packs)
+        for (int v = 0; v < V; v++) {
+            sums[2 * blockIdx.y * C + lane * V + v] = s[v][t];
+            sums[(2 * blockIdx.y + 1) * C + lane * V + v] = s[V + v][t];
+        }
+}
+
+// s[0], s[1] [thread]: what each of 8 threads finds of the two sums of channel c over parts of the pixels
+__device__ __forceinline__ void over_parts(const REAL* sums, int parts, int C, int c, double (&s)[2][256])
+{
+    double first = 0, second = 0;
+    if (c < C)
+        for (int i = threadIdx.x / 32; i < parts; i += 8) {
+            first += sums[2 * i * C + c];
+            second += sums[(2 * i + 1) * C + c];
+        }
+    s[0][threadIdx.x] = first, s[1][threadIdx.x] = second;
+}
+
+// saved (4, C): mean, 1 / deviation, and scale and shift of weight (x - mean) / deviation + bias, from the sums of
+// `parts` parts, the running estimates moving towards them; without sums (null) from the running estimates.
+extern "C" __global__ __launch_bounds__(256) void batch_statistics(const REAL* sums, int parts, const TYPE* x, integer M,
+    int C, const REAL* weight, const REAL* bias, REAL* running_mean, REAL* running_var, double momentum, double eps,
+    REAL* saved)
+{
+    __shared__ double s[2][256];
+    const int t = threadIdx.x, c = blockIdx.x * 32 + t % 32;
+    over_parts(sums, sums ? parts : 0, C, c, s);
+    __syncthreads();
+    reduce(s, 32);
+    if (t >= 32 || c >= C) return;
+    double mean = running_mean[c], var = running_var[c];
+    if (sums) {
+        const double d = s[0][t] / M;
+        mean = get(x[c]) + d;
+        var = fmax(s[1][t] / M - d * d, 0.0);
+        running_mean[c] += momentum * (mean - running_mean[c]);
+        running_var[c] += momentum * (var * M / (M - 1.0) - running_var[c]);
+    }
+    const double slope = 1 / sqrt(var + eps);
+    saved[c] = mean;
+    saved[C + c] = slope;
+    saved[2 * C + c] = weight[c] * slope;
+    saved[3 * C + c] = bias[c] - mean * weight[c] * slope;
+}
+
+// y = scale x + shift (+ add), then max(., 0) if relu; count: packs
+extern "C" __global__ void normalize(const TYPE* x, const TYPE* add, const REAL* saved, int relu, int C, integer count,
+    TYPE* y)
+{
+    EVERY(i, count) {
+        const int c = i % (C / V) * V;
+        const Pack p = ((const Pack*)x)[i], q = add ? ((const Pack*)add)[i] : p;
+        Pack out;
+        for (int v = 0; v < V; v++) {
+            REAL value = get(p.at[v]) * saved[2 * C + c + v] + saved[3 * C + c + v];
+            if (add) value += get(q.at[v]);
+            set(out.at[v], relu && !(value > 0) && value == value ? (REAL)0 : value);  // a NaN stays
+        }
+        ((Pack*)y)[i] = out;
+    }
+}
+
+// dweight = sum g (x - mean) / deviation, dbias = sum g, and (3, C) a, b, c with dx = a g + b x + c:
+// dx = weight / deviation (g - dbias / M - xhat dweight / M); with constant statistics weight / deviation g.
+extern "C" __global__ __launch_bounds__(256) void gradient_statistics(const REAL* sums, int parts, integer M, int C,
+    const REAL* saved, int training, REAL* dweight, REAL* dbias, REAL* terms)
+{
+    __shared__ double s[2][256];
+    const int t = threadIdx.x, c = blockIdx.x * 32 + t % 32;
+    over_parts(sums, parts, C, c, s);
+    __syncthreads();
+    reduce(s, 32);
+    if (t >= 32 || c >= C) return;
+    const double mean = saved[c], slope = saved[C + c], scale = saved[2 * C + c];
+    const double dw = s[1][t] * slope, b = training ? -scale * dw * slope / M : 0;
+    dweight[c] = dw;
+    dbias[c] = s[0][t];
+    terms[c] = scale;
+    terms[C + c] = b;
+    terms[2 * C + c] = training ? -scale * s[0][t] / M - b * mean : 0;
+}
+
+// dx = a g + b x + c with g behind the ReLU, which also goes to dadd unless that is null
+extern "C" __global__ void normalize_gradient(const TYPE* g, const TYPE* x, const TYPE* out, const REAL* terms, int C,
+    integer count, TYPE* dx, TYPE* dadd)
+{
+    EVERY(i, count) {
+        const int c = i % (C / V) * V;
+        const Pack pg = ((const Pack*)g)[i], px = ((const Pack*)x)[i], po = out ? ((const Pack*)out)[i] : pg;
+        Pack d, masked;
+        for (int v = 0; v < V; v++) {
+            const REAL value = !out || get(po.at[v]) > 0 ? get(pg.at[v]) : (REAL)0;
+            set(masked.at[v], value);
+            set(d.at[v], terms[c + v] * value + terms[C + c + v] * get(px.at[v]) + terms[2 * C + c + v]);
+        }
+        ((Pack*)dx)[i] = d;
+        if (dadd) ((Pack*)dadd)[i] = masked;
+    }
+}
+
+extern "C" __global__ void add_images(const TYPE* x, const TYPE* y, integer count, TYPE* out)
+{
+    EVERY(i, count) {
+        const Pack p = ((const Pack*)x)[i], q = ((const Pack*)y)[i];
+        Pack sum;
+        for (int v = 0; v < V; v++) set(sum.at[v], get(p.at[v]) + get(q.at[v]));
+        ((Pack*)out)[i] = sum;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ pooling
+
+// y (N, C): the mean over the `pixels` of each image; count = N C
+extern "C" __global__ void mean_pool(const TYPE* x, int pixels, int C, integer count, REAL* y)
+{
+    EVERY(i, count) {
+        REAL sum = 0;
+        for (int p = 0; p < pixels; p++) sum += get(x[(i / C * pixels + p) * C + i % C]);
+        y[i] = sum / pixels;
+    }
+}
+
+extern "C" __global__ void mean_pool_gradient(const REAL* g, int pixels, int C, integer count, TYPE* dx)
+{
+    EVERY(i, count) set(dx[i], g[i / C / pixels * C + i % C] / pixels);
+}
+
+// The largest entry of each window, the first of equals, and which it is; count = N h w C
+extern "C" __global__ void max_pool(const TYPE* x, int C, int H, int W, int size, int stride, int padding, int h, int w,
+    integer count, TYPE* y, unsigned char* which)
+{
+    EVERY(i, count) {
+        const integer c = i % C, column = i / C % w * stride - padding, row = i / C / w % h * stride - padding;
+        const TYPE* image = x + i / C / w / h * H * W * C;
+        bool found = false;
+        REAL best = 0;
+        int place = 0;
+        for (int k = 0; k < size * size; k++) {
+            const integer r = row + k / size, q = column + k % size;
+            if (r < 0 || r >= H || q < 0 || q >= W) continue;
+            const REAL value = get(image[(r * W + q) * C + c]);
+            if (!found || value > best || value != value) best = value, place = k, found = true;
+        }
+        set(y[i], best);
+        which[i] = place;
+    }
+}
+
+// dx: of each pixel, the gradients of the windows of which it is the largest; count = N H W C
+extern "C" __global__ void max_pool_gradient(const TYPE* g, const unsigned char* which, int C, int H, int W, int size,
+    int stride, int padding, int h, int w, integer count, TYPE* dx)
+{
+    EVERY(i, count) {
+        const int c = i % C, column = i / C % W + padding, row = i / C / W % H + padding;
+        const integer first = i / C / W / H * h * w * C;
+        REAL sum = 0;
+        for (int r = row < size ? 0 : (row - size) / stride + 1; r < h && r * stride <= row; r++)
+            for (int q = column < size ? 0 : (column - size) / stride + 1; q < w && q * stride <= column; q++) {
+                const integer j = first + (r * w + q) * C + c;
+                if (which[j] == (row - r * stride) * size + column - q * stride) sum += get(g[j]);
+            }
+        set(dx[i], sum);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ linear layers
+
+// c[m, n] = sum over k of a[m, k] b[k, n] (+ bias[n]) for each of gridDim.z groups, c contiguous; strides of a and b in
+// entries. A block makes 64 x 64 of c, each thread 4 x 4.
+extern "C" __global__ __launch_bounds__(256) void product(const REAL* a, const REAL* b, const REAL* bias, REAL* c, int M,
+    int N, int K, integer a_group, integer a_row, integer a_column, integer b_group, integer b_row, integer b_column)
+{
+    __shared__ REAL as[16][64], bs[16][64];
+    const int t = threadIdx.x, top = blockIdx.y * 64, left = blockIdx.x * 64, row = t / 16, column = t % 16;
+    a += blockIdx.z * a_group;
+    b += blockIdx.z * b_group;
+    REAL sum[4][4];
+    for (int i = 0; i < 16; i++) sum[i / 4][i % 4] = 0;
+    for (int first = 0; first < K; first += 16) {
+        for (int e = t; e < 1024; e += 256) {  // neighbouring threads load along the direction that is contiguous
+            int k = a_column == 1 ? e % 16 : e / 64, m = a_column == 1 ? e / 16 : e % 64;
+            as[k][m] = top + m < M && first + k < K ? a[(top + m) * a_row + (first + k) * a_column] : (REAL)0;
+            k = b_column == 1 ? e / 64 : e % 16, m = b_column == 1 ? e % 64 : e / 16;
+            bs[k][m] = left + m < N && first + k < K ? b[(first + k) * b_row + (left + m) * b_column] : (REAL)0;
+        }
+        __syncthreads();
+        for (int k = 0; k < 16; k++)
+            for (int i = 0; i < 16; i++) sum[i / 4][i % 4] += as[k][row + i / 4 * 16] * bs[k][column + i % 4 * 16];
+        __syncthreads();
+    }
+    for (int i = 0; i < 16; i++) {
+        const int m = top + row + i / 4 * 16, n = left + column + i % 4 * 16;
+        if (m < M && n < N)
+            c[(blockIdx.z * (integer)M + m) * N + n] = sum[i / 4][i % 4] + (bias ? bias[blockIdx.z * N + n] : (REAL)0);
+    }
+}
+
+// For each of gridDim.x groups: loss = mean over N rows of -log softmax(logits)[label]; dlogits (unless null) its
+// gradient (softmax - onehot) / N; sums = (N loss, how many rows have their largest logit, the first of equals, at the
+// label).
+extern "C" __global__ __launch_bounds__(256) void cross_entropy(const REAL* logits, const integer* labels, int N, int K,
+    REAL* loss, REAL* dlogits, double* sums)
+{
+    __shared__ double s[2][256];
+    const int t = threadIdx.x;
+    double total = 0, correct = 0;
+    for (int n = t; n < N; n += 256) {
+        const integer row = blockIdx.x * (integer)N + n;
+        const REAL* z = logits + row * K;
+        const int label = labels[row];
+        int top = 0;
+        for (int k = 1; k < K; k++)
+            if (z[k] > z[top]) top = k;
+        REAL sum = 0;
+        for (int k = 0; k < K; k++) sum += exp(z[k] - z[top]);
+        total += log(sum) - (z[label] - z[top]);
+        correct += top == label;
+        if (dlogits)
+            for (int k = 0; k < K; k++) dlogits[row * K + k] = (exp(z[k] - z[top]) / sum - (k == label)) / N;
+    }
+    s[0][t] = total, s[1][t] = correct;
+    __syncthreads();
+    reduce(s, 1);
+    if (t == 0) {
+        loss[blockIdx.x] = s[0][0] / N;
+        sums[2 * blockIdx.x] = s[0][0];
+        sums[2 * blockIdx.x + 1] = s[1][0];
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ optimiser
+
+struct Part {  // a parameter: values, velocity (null without momentum), gradient, which entries are kept (null: all)
+    REAL *w, *v;
+    const REAL* g;
+    const unsigned char* mask;
+    integer size;
+};
+struct Parts { Part at[64]; };
+struct Scaling { float scale; int good, overflow; };  // of the loss in fp16
+
+// Note in `scaling` if a gradient of a kept entry is not finite.
+extern "C" __global__ void check_finite(const Parts parts, Scaling* scaling)
+{
+    const Part p = parts.at[blockIdx.y];
+    EVERY(i, p.size)
+        if ((!p.mask || p.mask[i]) && !isfinite(p.g[i])) scaling->overflow = 1;  // whoever writes writes the same
+}
+
+// One step of SGD (nn.SGD) for up to 64 parameters; masked entries are not touched. lr: one for each of the `groups`
+// equal parts of a parameter. scaling (or null): gradients are that many times too large; no step after an overflow.
+extern "C" __global__ void sgd(const Parts parts, const REAL* lr, int groups, double momentum, double weight_decay,
+    int nesterov, const Scaling* scaling)
+{
+    const Part p = parts.at[blockIdx.y];
+    if (scaling && scaling->overflow) return;
+    const REAL inverse = scaling ? 1 / scaling->scale : 1, mu = momentum, decay = weight_decay;
+    EVERY(i, p.size) {
+        if (p.mask && !p.mask[i]) continue;
+        const REAL w = p.w[i];
+        REAL g = p.g[i] * inverse + decay * w;
+        if (p.v) {
+            const REAL v = p.v[i] = mu * p.v[i] + g;
+            g = nesterov ? g + mu * v : v;
+        }
+        p.w[i] = w - lr[groups == 1 ? 0 : i / (p.size / groups)] * g;
+    }
+}
+
+// Halve the scale after an overflow, double it after 2,000 steps without.
+extern "C" __global__ void rescale(Scaling* scaling)
+{
+    if (threadIdx.x) return;
+    if (scaling->overflow) scaling->scale = fmaxf(scaling->scale / 2, 1), scaling->good = 0;
+    else if (++scaling->good == 2000) scaling->scale = fminf(scaling->scale * 2, 16777216), scaling->good = 0;
+    scaling->overflow = 0;
+}

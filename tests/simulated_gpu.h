@@ -1,0 +1,217 @@
+// CUDA kernels as host C++, for tests/simulated_gpu.py: this file comes before the kernels, ENTRIES after them.
+//
+// The threads of a block are fibers. One fiber runs thread after thread until a thread comes to a barrier; it keeps
+// that one, and another fiber goes on with the rest. So __syncthreads() is a real barrier, and a kernel without one is
+// a loop. Blocks run last to first, threads in a scrambled order, and shared memory is all ones (NaN) when a block
+// begins.
+
+#include <cmath>
+#include <csetjmp>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <sys/mman.h>
+#include <tuple>
+#include <type_traits>
+#include <ucontext.h>
+#include <utility>
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __constant__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((used, section("simulated_shared")))
+#define __syncthreads() simulated::wait(__LINE__)
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 { unsigned x, y, z; };
+static uint3 threadIdx, blockIdx;
+static dim3 blockDim, gridDim;
+
+#define VECTORS(T, name)                                                                                    \
+    struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                                      \
+    struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; };                      \
+    static inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                       \
+    static inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+VECTORS(unsigned char, uchar)
+VECTORS(unsigned short, ushort)
+VECTORS(int, int)
+VECTORS(unsigned, uint)
+VECTORS(float, float)
+VECTORS(double, double)
+
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
+template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
+template <class T> static inline T __ldg(const T *p) { return *p; }
+template <class T> static inline T atomicAdd(T *p, T x) { T before = *p; *p += x; return before; }
+
+template <class To, class From> static inline To same_bits(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+static inline int __float_as_int(float x) { return same_bits<int>(x); }
+static inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
+static inline float __int_as_float(int x) { return same_bits<float>(x); }
+static inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
+static inline long long __double_as_longlong(double x) { return same_bits<long long>(x); }
+static inline double __longlong_as_double(long long x) { return same_bits<double>(x); }
+
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __fsqrt_rn(float a) { return sqrtf(a); }
+static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+static inline double __dadd_rn(double a, double b) { return a + b; }
+static inline double __dsub_rn(double a, double b) { return a - b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
+static inline double __ddiv_rn(double a, double b) { return a / b; }
+static inline double __dsqrt_rn(double a) { return sqrt(a); }
+static inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
+static inline float rsqrtf(float a) { return 1 / sqrtf(a); }
+static inline double rsqrt(double a) { return 1 / sqrt(a); }
+
+// float16 as its bits, rounded to nearest even.
+static inline unsigned short float_to_half(float x) { return same_bits<unsigned short>((_Float16)x); }
+static inline float half_to_float(unsigned short x) { return same_bits<_Float16>(x); }
+
+extern "C" __attribute__((weak, visibility("hidden"))) char __start_simulated_shared[], __stop_simulated_shared[];
+
+namespace simulated {
+
+constexpr int MOST_THREADS = 1024, STACK = (128 << 10) + 320;  // not a power of two: stacks would share cache lines
+constexpr int STEP = 10007;  // prime and more than any number of threads: multiples of it are a permutation of them
+
+struct Fiber {
+    ucontext_t first;  // where it begins
+    jmp_buf place;     // where it waits
+    bool begun;
+};
+
+static Fiber fibers[MOST_THREADS];
+static char *stacks;
+static jmp_buf scheduler;
+static void (*kernel)(void **);
+static void **arguments;
+static int threads, turn, started, ended, waiting, waiting_fibers[MOST_THREADS], current, barrier_line, other_line;
+
+static inline void choose_thread() {
+    unsigned i = turn = (turn + STEP) % threads;
+    threadIdx = {i, 0, 0};
+    if (i >= blockDim.x) threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+}
+
+// _setjmp and _longjmp change fibers in some 10 ns; swapcontext would make a system call each time.
+static __attribute__((noinline)) void leave() {
+    if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
+
+static __attribute__((noinline)) void wait(int line) {
+    uint3 mine = threadIdx;
+    if (waiting && line != barrier_line) other_line = line;
+    barrier_line = line;
+    waiting_fibers[waiting++] = current;
+    leave();
+    threadIdx = mine;
+}
+
+static void work() {
+    for (;;) {
+        while (started < threads) {
+            ++started;
+            choose_thread();
+            kernel(arguments);
+            ++ended;
+        }
+        leave();
+    }
+}
+
+static __attribute__((noinline)) void enter(int fiber) {
+    current = fiber;
+    if (_setjmp(scheduler)) return;
+    if (fibers[fiber].begun) _longjmp(fibers[fiber].place, 1);
+    fibers[fiber].begun = true;
+    getcontext(&fibers[fiber].first);
+    fibers[fiber].first.uc_stack.ss_sp = stacks + (size_t)fiber * STACK;
+    fibers[fiber].first.uc_stack.ss_size = STACK;
+    fibers[fiber].first.uc_link = nullptr;
+    makecontext(&fibers[fiber].first, work, 0);
+    setcontext(&fibers[fiber].first);
+}
+
+// Runs one block; returns what went wrong, or null.
+static const char *run_block() {
+    static char message[200];
+    static int ready[MOST_THREADS];
+    char *shared = __start_simulated_shared;
+    if (shared) memset(shared, 0xFF, __stop_simulated_shared - shared);
+    turn = started = ended = waiting = other_line = 0;
+    for (int fiber = 0; started < threads; ++fiber) enter(fiber);
+    while (waiting) {
+        if (ended || other_line) {
+            for (Fiber &fiber : fibers) fiber.begun = false;  // give up the waiting ones
+            if (ended)
+                snprintf(message, sizeof message, "%d of %d threads of block (%u, %u, %u) ended while others wait at "
+                         "the barrier in line %d", ended, threads, blockIdx.x, blockIdx.y, blockIdx.z, barrier_line);
+            else
+                snprintf(message, sizeof message, "threads of block (%u, %u, %u) wait at different barriers, in lines "
+                         "%d and %d", blockIdx.x, blockIdx.y, blockIdx.z, barrier_line, other_line);
+            return message;
+        }
+        int count = waiting;
+        memcpy(ready, waiting_fibers, count * sizeof *ready);
+        waiting = 0;
+        while (count) enter(ready[--count]);  // each time in the reverse order
+    }
+    return nullptr;
+}
+
+static const char *run(void (*entry)(void **), void **args, const unsigned *grid, const unsigned *block) {
+    if (!stacks)
+        stacks = (char *)mmap(nullptr, (size_t)MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    kernel = entry, arguments = args, threads = block[0] * block[1] * block[2];
+    gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], block[1], block[2]};
+    for (unsigned z = grid[2]; z--;)
+        for (unsigned y = grid[1]; y--;)
+            for (unsigned x = grid[0]; x--;) {
+                blockIdx = {x, y, z};
+                if (const char *wrong = run_block()) return wrong;
+            }
+    return nullptr;
+}
+
+// A parameter as {kind, size, kind of what it points to, size of that}.
+template <class T> constexpr int kind() {
+    return std::is_pointer_v<T> ? 'p' : std::is_floating_point_v<T> ? 'f' : std::is_integral_v<T> ? 'i' : 's';
+}
+template <class T> static void describe(int *out) {
+    using P = std::remove_cv_t<std::remove_pointer_t<T>>;
+    out[0] = kind<T>(), out[1] = sizeof(T), out[2] = kind<P>(), out[3] = 1;
+    if constexpr (!std::is_void_v<P>) out[3] = sizeof(P);
+}
+
+template <auto F> struct Entry;
+template <class... P, void (*F)(P...)> struct Entry<F> {
+    template <size_t... I> static void call(void **args, std::index_sequence<I...>) {
+        F(*(std::remove_cv_t<P> *)args[I]...);
+    }
+    static void run(void **args) { call(args, std::index_sequence_for<P...>()); }
+    static int parameters(int *out) {
+        (void)std::initializer_list<int>{(describe<std::remove_cv_t<P>>(out), out += 4, 0)...};
+        return sizeof...(P);
+    }
+};
+
+}  // namespace simulated
