@@ -1,0 +1,180 @@
+"""Runs on a GPU: captured or not, cut and continued, from one device to the other, of every experiment."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import command
+import exp_bottleneck
+import exp_mlp_mnist
+import exp_resnet_cifar
+import exp_resnet_imagenet
+import nn
+import train
+
+SMALL = dict(data="synthetic", epochs=2, limit=84, held_out=90, batch=16, lr=0.01, device="gpu", save_every=1e9)
+RESNET = exp_resnet_cifar.Settings(width=3, base_width=2, **SMALL)  # five batches of 16 and one of 4 an epoch
+MLP = exp_mlp_mnist.Settings(width=12, **SMALL)
+BOTTLENECK = exp_bottleneck.Settings(kind="linear", width=3, base_width=2, **SMALL)
+PHOTOS = exp_resnet_imagenet.Settings(width=3, base_width=2, size=32, **SMALL)
+
+
+@pytest.fixture
+def trained(tmp_path, tmp_path_factory):
+    """A function that trains these settings in a folder of this name, as far as a run there is not done."""
+    def train_it(settings, name, experiment=exp_resnet_cifar.EXPERIMENT):
+        data = str(tmp_path_factory.getbasetemp() / "drawn")
+        run = train.Run(experiment, replace(settings, out=str(tmp_path / name), data_dir=data))
+        with run.lock() as mine:
+            assert mine
+            run.train(bar=False)
+        return run
+
+    return train_it
+
+
+def log(run):
+    """(epochs, columns) of the log, without the seconds"""
+    with open(run.folder / "log.csv") as file:
+        return np.array([[float(v) for k, v in row.items() if k != "seconds"] for row in csv.DictReader(file)])
+
+
+def state(run):
+    """Everything in the checkpoint but the seconds, as bytes."""
+    with np.load(run.folder / "checkpoint.npz") as file:
+        return {k: file[k].tobytes() for k in file.files if k.startswith(("model.", "optimizer."))}
+
+
+def interrupted(monkeypatch, steps):
+    """SIGTERM after so many steps, counted over all epochs."""
+    real = train.GraphSteps.train
+
+    def steps_until(self, progress):
+        nonlocal steps
+        for _ in real(self, progress):
+            steps -= 1
+            if steps == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield len(self.stopped)
+
+    monkeypatch.setattr(train.GraphSteps, "train", steps_until)
+
+
+def test_captured_and_uncaptured_steps_give_the_same_bits(gpu, trained, monkeypatch):
+    gpu()
+    captured = trained(RESNET, "captured")
+    monkeypatch.setattr(nn.gpu.stream, "begin_capture", lambda: 1 / 0)
+    uncaptured = trained(replace(RESNET, graph=False), "uncaptured")
+    assert (log(captured) == log(uncaptured)).all() and state(captured) == state(uncaptured)
+
+
+@pytest.mark.parametrize("precision, steps", [("tf32", 2), ("tf32", 6), ("fp16", 9)])
+def test_stopped_and_continued_to_the_same_bits(gpu, trained, monkeypatch, precision, steps):
+    """Within the first epoch, at its end, in the second; fp16 has the scale of the loss to remember."""
+    gpu(precision=precision)
+    settings = replace(RESNET, precision=precision)
+    whole = trained(settings, "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        interrupted(patch, steps)
+        trained(settings, "cut")
+    assert stop.value.code == 128 + signal.SIGTERM
+    cut = trained(settings, "cut")
+    assert (log(cut) == log(whole)).all() and state(cut) == state(whole)
+    with np.load(cut.folder / "checkpoint.npz") as file:
+        assert ("optimizer.scaling" in file.files) == (precision == "fp16")
+        for name in file.files:
+            if name.endswith(".mask"):
+                assert not file[name.removesuffix(".mask")][~file[name]].any(), name
+
+
+@pytest.mark.parametrize("experiment, settings", [
+    (exp_mlp_mnist.EXPERIMENT, MLP), (exp_resnet_cifar.EXPERIMENT, RESNET), (exp_bottleneck.EXPERIMENT, BOTTLENECK),
+    (exp_resnet_imagenet.EXPERIMENT, PHOTOS)])
+def test_as_on_the_cpu(gpu, trained, experiment, settings):
+    settings = replace(settings, epochs=1, **({} if settings is MLP else {"precision": "fp32", "lr": 1e-3}))
+    alone = trained(settings, "cpu", experiment)
+    gpu(**{} if settings is MLP else {"precision": "fp32"})
+    run = trained(settings, "gpu", experiment)
+    np.testing.assert_allclose(log(run), log(alone), rtol=2e-3)
+    assert run.result()["layers"] == alone.result()["layers"]
+    versions = run.config()["versions"]
+    assert versions["device"] == "gpu" and versions["gpu"] and versions["deterministic"] is True
+
+
+@pytest.mark.parametrize("first, then", [("cpu", "gpu"), ("gpu", "cpu")])
+def test_a_run_goes_on_on_the_other_device(gpu, trained, monkeypatch, first, then):
+    """Weights, masks, velocities and running estimates mean the same there."""
+    settings = replace(RESNET, width=8, precision="fp32", lr=1e-3, epochs=2)
+    devices = {"cpu": lambda: nn.use_device("cpu"), "gpu": lambda: gpu(precision="fp32")}
+    whole = trained(settings, "whole")
+    with monkeypatch.context() as patch:
+        def epoch(self, steps, lr, progress, bar):
+            if progress.epoch == 1:
+                raise KeyboardInterrupt
+            return real(self, steps, lr, progress, bar)
+
+        real = train.Run.epoch
+        patch.setattr(train.Run, "epoch", epoch)
+        patch.setattr(train.Run, "save_is_due", lambda self: True)
+        devices[first]()
+        with pytest.raises(KeyboardInterrupt):
+            trained(settings, "moved")
+    devices[then]()
+    moved = trained(settings, "moved")
+    assert len(log(moved)) == 2
+    np.testing.assert_allclose(log(moved), log(whole), rtol=2e-3)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(gpu, trained):
+    gpu()
+    result = trained(replace(MLP, lr=1e30), "diverged", exp_mlp_mnist.EXPERIMENT).result()
+    assert result["diverged"] and result["epochs"] == 0
+
+
+@pytest.fixture
+def perform(gpu, tmp_path, tmp_path_factory):
+    """A function that runs a command line on the GPU: its exit code, what it printed, what it complained of."""
+    def run(experiment, *words):
+        gpu()  # from here the command line finds a GPU
+        places = "--data-dir", tmp_path_factory.getbasetemp() / "drawn", "--out", tmp_path
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = command.main(experiment, [str(w) for w in (*words, *places)])
+            except SystemExit as exit:
+                code = exit.code
+        return code, out.getvalue(), err.getvalue()
+
+    return run
+
+
+def test_photographs_come_from_the_host(perform, tmp_path):
+    """Batches of a data set that does not lie on the GPU, in half precision, with a smaller batch at the end."""
+    code, out, err = perform(exp_resnet_imagenet.EXPERIMENT, "--data", "synthetic", "--width", 2, "--base-width", 2,
+                             "--size", 32, "--limit", 44, "--held-out", 30, "--epochs", 2, "--batch", 16, "--precision",
+                             "bf16")
+    assert code == 0, err
+    (result,) = tmp_path.rglob("result.json")
+    found = json.loads(result.read_text())
+    assert "precision=bf16" in result.parent.name and found["epochs"] == 2
+    assert found["config"]["versions"]["precision"] == "bf16"
+
+
+def test_dry_run_and_figures_on_a_gpu(perform, tmp_path):
+    words = "--data", "synthetic", "--limit", 100, "--held-out", 100, "--epochs", 1
+    code, out, _ = perform(exp_mlp_mnist.EXPERIMENT, "--dry-run", "--width", 20, *words)
+    assert code == 0 and "3,970 weights in all" in out and "of disk" in out
+    code, out, _ = perform(exp_mlp_mnist.EXPERIMENT, "--quick", "--jobs", 1, "--seeds", 1, *words)
+    assert code == 0 and "best" in out and list(tmp_path.rglob("*.png"))
+
+
+def test_what_is_for_gpus_only(perform):
+    code, _, err = perform(exp_resnet_cifar.EXPERIMENT, "--device", "cpu", "--tune", "--data", "synthetic")
+    assert code == 2 and "--tune is for GPUs, and this would be trained on the CPU" in err
