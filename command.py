@@ -167,8 +167,7 @@ def perform(experiment, settings, todo, argv, ranks):
         print(*experiment.figures[name].notes(settings),
               f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done", sep="\n")
         return 0
-    settings.use_device()
-    ranks.use_own_gpu()
+    settings.use_device(ranks.here)
     if todo.dry_run:
         dry_run(experiment, runs)
         return 0

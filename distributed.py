@@ -34,10 +34,8 @@ class Alone:
     """A job of one process. With several, Ranks does what the docstrings say; all ranks must call each method."""
 
     rank, size = 0, 1
+    here = 0  # which of the ranks of this machine; it computes on the GPU of that number, if on any
     part = property(lambda self: (self.rank, self.size))  # what data sets take to find this rank's examples
-
-    def use_own_gpu(self):
-        """Compute on a GPU of this machine that no other rank uses, if on any."""
 
     def sum(self, *values):
         """Each of these numbers added up over all ranks."""
@@ -81,14 +79,7 @@ class Ranks(Alone):
 
         self.mpi, self.comm, self.rank, self.size = MPI, comm, comm.rank, comm.size
         self.local = comm.Split_type(MPI.COMM_TYPE_SHARED)  # the ranks of this machine
-
-    def use_own_gpu(self):
-        if nn.xp is np:
-            return
-        gpus = nn.xp.cuda.runtime.getDeviceCount()
-        if self.local.size > gpus:
-            raise JobError(f"{self.local.size} processes were started on a machine with {gpus} GPUs; start one a GPU")
-        nn.xp.cuda.Device(self.local.rank).use()
+        self.here = self.local.rank
 
     def sum(self, *values):
         total = np.array([float(v) for v in values])
@@ -102,9 +93,10 @@ class Ranks(Alone):
     def average(self, model, share):
         pieces = []  # (array, which of its entries) of everything to be averaged, flat; masked entries stay at home
         for p in model.parameters():
-            p.grad = nn.xp.zeros_like(p.data) if p.grad is None else nn.xp.ascontiguousarray(p.grad)
-            kept = p.kept if p.kept is not None else slice(None) if p.mask is None else p.mask.reshape(-1)
-            pieces.append((p.grad.reshape(-1), kept))
+            p.grad = nn.stored(nn.xp.zeros_like(p.data) if p.grad is None else p.grad)
+            # A GPU would have to be waited for to say how many entries a mask has.
+            dense = p.mask is None or nn.gpu
+            pieces.append((nn.flat(p.grad), slice(None) if dense else p.mask.reshape(-1) if p.kept is None else p.kept))
         pieces += [(array.reshape(-1), slice(None)) for _, array in model.named_arrays(nn.xp.ndarray)]
         pending = []  # the bucket whose sum runs while the next one is put together
         for places, total in buckets(pieces):

@@ -225,6 +225,10 @@ class Engine:
             return cupy.ascontiguousarray(array)
         return array if channels_of(array) == array.shape[1] else self.copied(array)
 
+    def flat(self, array):
+        """All entries of a parameter's array in memory order, a view of one axis"""
+        return cupy.ndarray(array.size, array.dtype, array.data)
+
     def copied(self, array):
         """(O, C, kh, kw) of any type in NHWC"""
         out = empty(array.shape, array.dtype)

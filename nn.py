@@ -24,10 +24,10 @@ xp = np  # the array module of every operation below: numpy, or cupy after use_d
 gpu = None  # after that what cupy itself cannot do, or not fast: a gpu.Engine
 
 
-def use_device(device="auto", **options):
+def use_device(device="auto", number=0, **options):
     """Choose where new arrays live: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
 
-    options: precision, deterministic and tune of gpu.Engine, if it is a GPU. Call it before anything is built. Raises
+    number: of the machine's GPUs. options: precision, deterministic and tune of gpu.Engine, if it is a GPU. Call it before anything is built. Raises
     RuntimeError when a GPU is asked for and cannot be used.
     """
     global xp, gpu
@@ -38,6 +38,9 @@ def use_device(device="auto", **options):
         try:
             import cupy
 
+            if number >= (count := cupy.cuda.runtime.getDeviceCount()):
+                raise RuntimeError(f"process {number + 1} of this machine finds {count} GPUs: start one for each")
+            cupy.cuda.Device(number).use()
             (cupy.zeros(1) + 1).sum()  # importing works without a driver, so launch something small
             from gpu import Engine
 
@@ -620,6 +623,11 @@ def stored(array):
     return gpu.parameter(array) if gpu else np.ascontiguousarray(array)
 
 
+def flat(array):
+    """All entries of an array in that order, a view of one axis"""
+    return gpu.flat(array) if gpu else array.reshape(-1)
+
+
 class Parameter(Tensor):
     """A Tensor that is trained, with an optional mask.
 
@@ -1013,7 +1021,7 @@ class SGD:
         if gpu:  # in the same memory each time, where captured steps find it
             if self.rate is None or self.rate.size != np.size(lr):
                 self.rate = xp.empty(np.size(lr), self.params[0].dtype)
-            self.rate.set(np.broadcast_to(np.asarray(lr, self.rate.dtype), self.rate.shape))
+            self.rate.set(np.full(self.rate.shape, lr, self.rate.dtype))
 
     @property
     def loss_scale(self):

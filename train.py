@@ -87,10 +87,10 @@ class Settings:
             if choices and value not in choices:
                 raise UsageError(f"--{f.name.replace('_', '-')} is one of {', '.join(choices)}, not {value}")
 
-    def use_device(self):
-        """Compute where these settings say; UsageError if that is not possible."""
+    def use_device(self, number=0):
+        """Compute where these settings say, on the GPU of this number if on one; UsageError if that is not possible."""
         try:
-            device = nn.use_device(self.device, **{name: getattr(self, name) for name in self.ENGINE})
+            device = nn.use_device(self.device, number, **{name: getattr(self, name) for name in self.ENGINE})
         except RuntimeError as error:
             raise UsageError(str(error)) from None
         if device == "cpu":
@@ -586,14 +586,16 @@ class GraphSteps(Steps):
 
     def replay(self, training, size):
         """The captured step, or evaluation, of a batch of this size."""
-        def work():
-            x, labels = self.feeds[training].batch(size)
+        feed, sums, model, optimizer = self.feeds[training], self.sums[training], self.model, self.optimizer
+
+        def work():  # without self, which will hold it: a ring would keep the memory until Python looks for rings
+            x, labels = feed.batch(size)
             if training:
-                loss_sum, correct, _ = train_step(self.model, self.optimizer, x, labels)
+                loss_sum, correct, _ = train_step(model, optimizer, x, labels)
             else:
                 with nn.no_grad():
-                    _, loss_sum, correct = nn.classify(self.model(nn.Tensor(x)), labels)
-            for total, more in zip(self.sums[training], (loss_sum, correct)):
+                    _, loss_sum, correct = nn.classify(model(nn.Tensor(x)), labels)
+            for total, more in zip(sums, (loss_sum, correct)):
                 total += more
 
         if (training, size) not in self.replays:

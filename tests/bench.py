@@ -54,12 +54,13 @@ def ours(width):
 def pytorch(width):
     """The same step as its users write it, with gradients masked before the update."""
     import torch
+    from pytorch_models import mlp
     from torch.nn.functional import cross_entropy
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     images, labels = torch.randn(EXAMPLES, 784), torch.randint(0, 10, (EXAMPLES,))
-    model = torch.nn.Sequential(torch.nn.Linear(784, width), torch.nn.ReLU(), torch.nn.Linear(width, 10))
+    model = mlp(width)
     first, last = model[0].weight, model[2].weight
     level = min(BUDGET - min(last.numel(), BUDGET // 2), first.numel())
     masks = []
@@ -152,36 +153,17 @@ def training_step(model, batch, side):
 
 def resnet_pytorch(width, memory_format):
     import torch
-    from torch import nn
+    from pytorch_models import resnet18
+    from torch.nn.functional import cross_entropy
 
-    class Block(nn.Module):
-        def __init__(self, channels_in, channels, stride):
-            super().__init__()
-            self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-            self.bn1 = nn.BatchNorm2d(channels)
-            self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-            self.bn2 = nn.BatchNorm2d(channels)
-            self.shortcut = nn.Sequential()
-            if stride != 1:
-                self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False),
-                                              nn.BatchNorm2d(channels))
-
-        def forward(self, x):
-            y = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x)))))
-            return torch.relu_(y + self.shortcut(x))
-
-    w = width
-    stages = [Block(i, o, s) for i, o, s in ((w, w, 1), (w, w, 1), (w, 2 * w, 2), (2 * w, 2 * w, 1),
-              (2 * w, 4 * w, 2), (4 * w, 4 * w, 1), (4 * w, 8 * w, 2), (8 * w, 8 * w, 1))]
-    model = nn.Sequential(nn.Conv2d(3, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True), *stages,
-                          nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8 * w, 10)).to(memory_format=memory_format)
+    model = resnet18(width).to(memory_format=memory_format)
     x = torch.randn(RESNET_BATCH, 3, 32, 32).to(memory_format=memory_format)
     y = torch.randint(0, 10, (RESNET_BATCH,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
     def step():
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        cross_entropy(model(x), y).backward()
         optimizer.step()
 
     return step
@@ -422,9 +404,16 @@ IMAGENET_BATCH, IMAGENET_WIDTHS, IMAGENET_EPOCHS, IMAGENET_IMAGES = 16, (64, 90,
 ASSUMED = 75e12, 300e12  # products and sums a second of one H100 in mixed precision: 8 and 30 % of its peak
 
 
-def imagenet_operations(width, side=224, classes=1000):
-    """Products and sums of a training step for one image: forward, and twice that for the two gradients."""
-    total, channels_in, side = 7 * 7 * 3 * width * (side // 2) ** 2, width, side // 4
+def resnet_operations(width, side, classes):
+    """Products and sums of a training step of ResNet-18 for one image: forward, and twice that for the two gradients.
+
+    Images of 32 x 32 meet a 3 x 3 convolution first, larger ones a 7 x 7 of stride 2 and a maximum of stride 2.
+    """
+    if side > 32:
+        total, side = 7 * 7 * 3 * width * (side // 2) ** 2, side // 4
+    else:
+        total = 3 * 3 * 3 * width * side**2
+    channels_in = width
     for stage in range(4):
         channels = width << stage
         side //= 2 if stage else 1
@@ -442,7 +431,7 @@ def imagenet():
     print(f"{'width':>5} {'GFLOP an image':>14} {'step, s':>8} {'images/s':>8} {'GFLOP/s':>8} {'one H100, hours':>22}"
           f"{'eight':>16}")
     for width in IMAGENET_WIDTHS:
-        flop, measured = imagenet_operations(width), ""
+        flop, measured = resnet_operations(width, 224, 1000), ""
         if width <= 128:  # wider ones need more memory than a small machine has
             step = training_step(exp_resnet_imagenet.ResNet18(width), IMAGENET_BATCH, 224)
             step()

@@ -930,27 +930,11 @@ def test_threads_treat_overflow_as_their_caller_does(use_threads, recwarn):
 # ---------------------------------------------------------------------------------------------- ResNet-18
 
 
-def resnet18_in_pytorch(torch, width, classes):
-    """The same network, its parameters in the same order."""
-    layer = torch.nn
+def resnet18_in_pytorch(width):
+    """The same network, its parameters in the same order; the inputs of its ReLUs are kept."""
+    from pytorch_models import resnet18  # where PyTorch is installed
 
-    class Block(layer.Module):
-        def __init__(self, before, after, stride):
-            super().__init__()
-            self.body = layer.Sequential(
-                layer.Conv2d(before, after, 3, stride, 1, bias=False), layer.BatchNorm2d(after), layer.ReLU(),
-                layer.Conv2d(after, after, 3, 1, 1, bias=False), layer.BatchNorm2d(after))
-            self.shortcut = layer.Sequential() if stride == 1 and before == after else layer.Sequential(
-                layer.Conv2d(before, after, 1, stride, bias=False), layer.BatchNorm2d(after))
-            self.relu = layer.ReLU()
-
-        def forward(self, x):
-            return self.relu(self.body(x) + self.shortcut(x))
-
-    w = [width, width, 2 * width, 4 * width, 8 * width]
-    blocks = [block for i in range(4) for block in (Block(w[i], w[i + 1], 1 + (i > 0)), Block(w[i + 1], w[i + 1], 1))]
-    return layer.Sequential(layer.Conv2d(3, width, 3, 1, 1, bias=False), layer.BatchNorm2d(width), layer.ReLU(),
-                            *blocks, layer.AvgPool2d(4), layer.Flatten(), layer.Linear(8 * width, classes))
+    return resnet18(width, inplace=False).double()
 
 
 def layer_sizes(width, classes=10):
@@ -1027,7 +1011,7 @@ def test_resnet18_is_pytorchs(torch, width, N):
     5e-5; float32 has errors of 8e-6 there. With that, every machine takes the same seed.
     """
     net = set_dtype(ResNet18(width, 10), np.float64)
-    twin = resnet18_in_pytorch(torch, width, 10).double()
+    twin = resnet18_in_pytorch(width)
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         draw_parameters(net, rng)
@@ -1074,7 +1058,7 @@ def test_resnet18_trains_like_pytorch(torch, dtype):
     for p in net.parameters():
         p.set_mask(p.mask)
     x, labels = rng.standard_normal((4, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, 4)
-    twin = resnet18_in_pytorch(torch, 12, 10).double()
+    twin = resnet18_in_pytorch(12)
     fill(torch, twin, net)
     set_dtype(net, dtype)
     rule = dict(lr=0.01, momentum=0.9, weight_decay=5e-4)

@@ -27,6 +27,7 @@ import exp_mlp_mnist as mlp  # noqa: E402
 import exp_resnet_cifar as resnet  # noqa: E402
 import figures  # noqa: E402
 import nn  # noqa: E402
+import simulated_gpu  # noqa: E402
 import train  # noqa: E402
 
 BESIDE = str(Path(sys.executable).parent)  # where pip puts the mpirun of a wheel
@@ -63,6 +64,29 @@ def job_mlp(*argv):
 
 def job_resnet(*argv):
     return command.main(RESNET, argv)
+
+
+def job_gpu(*argv):
+    """On simulated GPUs, one a rank, with MPI in the place of NCCL."""
+    import simulated_gpu
+
+    cupy = simulated_gpu.install()
+    cupy.cuda.runtime.getDeviceCount = lambda: distributed.world().size
+    cupy.cuda.Device = lambda number=0, own=cupy.cuda.Device: own()  # each process has but the one
+
+    class ThroughTheHost:
+        def __init__(self, ranks):
+            self.ranks = ranks
+
+        def all_reduce(self, source, target):
+            host = source.get()
+            self.ranks.comm.Allreduce(self.ranks.mpi.IN_PLACE, host)
+            target.set(host)
+
+    distributed.Ranks.nccl = property(ThroughTheHost)
+    code = command.main(RESNET, argv)
+    simulated_gpu.check_guards()
+    return code
 
 
 def job_slow(*argv, experiment=MLP):
@@ -238,6 +262,16 @@ def test_ten_steps_are_those_of_one_process(tmp_path, ranks):
     assert_same(one, several, atol=1e-6)
     mask = several[0]["model.1.weight.mask"]
     assert not several[0]["model.1.weight"][~mask].any()
+
+
+@with_mpi
+@pytest.mark.skipif(simulated_gpu.available() is not None, reason=f"no simulated GPU: {simulated_gpu.available()}")
+def test_ranks_on_gpus(tmp_path):
+    words = dict(width=3, base_width=2, epochs=2, limit=76, batch=16, lr=1e-3, precision="fp32")
+    run(2, "resnet", *flags(tmp_path / "cpu", **words | dict(precision="tf32")))
+    run(2, "gpu", *flags(tmp_path / "gpu", **words), "--device", "gpu")
+    one, other = checkpoint(tmp_path / "cpu"), checkpoint(tmp_path / "gpu")
+    assert_same(one, other, atol=1e-4)
 
 
 def emulated(s, ranks):
