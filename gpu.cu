@@ -183,12 +183,14 @@ extern "C" __global__ __launch_bounds__(256) void gradient_sums(const TYPE* g, c
         }
 }
 
-// s[0], s[1] [thread]: what each of 8 threads finds of the two sums of channel c over parts of the pixels
+// What follows adds those sums up for CHANNELS channels a block, by 32 threads each: s[0], s[1] [thread] is what a thread
+// finds of the two sums of channel c.
+#define CHANNELS 8
 __device__ __forceinline__ void over_parts(const REAL* sums, int parts, int C, int c, double (&s)[2][256])
 {
     double first = 0, second = 0;
     if (c < C)
-        for (int i = threadIdx.x / 32; i < parts; i += 8) {
+        for (int i = threadIdx.x / CHANNELS; i < parts; i += 256 / CHANNELS) {
             first += sums[2 * i * C + c];
             second += sums[(2 * i + 1) * C + c];
         }
@@ -202,11 +204,11 @@ extern "C" __global__ __launch_bounds__(256) void batch_statistics(const REAL* s
     REAL* saved)
 {
     __shared__ double s[2][256];
-    const int t = threadIdx.x, c = blockIdx.x * 32 + t % 32;
+    const int t = threadIdx.x, c = blockIdx.x * CHANNELS + t % CHANNELS;
     over_parts(sums, sums ? parts : 0, C, c, s);
     __syncthreads();
-    reduce(s, 32);
-    if (t >= 32 || c >= C) return;
+    reduce(s, CHANNELS);
+    if (t >= CHANNELS || c >= C) return;
     double mean = running_mean[c], var = running_var[c];
     if (sums) {
         const double d = s[0][t] / M;
@@ -245,11 +247,11 @@ extern "C" __global__ __launch_bounds__(256) void gradient_statistics(const REAL
     const REAL* saved, int training, REAL* dweight, REAL* dbias, REAL* terms)
 {
     __shared__ double s[2][256];
-    const int t = threadIdx.x, c = blockIdx.x * 32 + t % 32;
+    const int t = threadIdx.x, c = blockIdx.x * CHANNELS + t % CHANNELS;
     over_parts(sums, parts, C, c, s);
     __syncthreads();
-    reduce(s, 32);
-    if (t >= 32 || c >= C) return;
+    reduce(s, CHANNELS);
+    if (t >= CHANNELS || c >= C) return;
     const double mean = saved[c], slope = saved[C + c], scale = saved[2 * C + c];
     const double dw = s[1][t] * slope, b = training ? -scale * dw * slope / M : 0;
     dweight[c] = dw;
@@ -345,24 +347,39 @@ extern "C" __global__ void max_pool_gradient(const TYPE* g, const unsigned char*
 // ------------------------------------------------------------------------------------------------ linear layers
 
 // c[m, n] = sum over k of a[m, k] b[k, n] (+ bias[n]) for each of gridDim.z groups, c contiguous; strides of a and b in
-// entries. A block makes 64 x 64 of c, each thread 4 x 4.
+// entries. A block makes 64 x 64 of c, each thread 4 x 4, while what it needs next is on its way from memory.
 extern "C" __global__ __launch_bounds__(256) void product(const REAL* a, const REAL* b, const REAL* bias, REAL* c, int M,
     int N, int K, integer a_group, integer a_row, integer a_column, integer b_group, integer b_row, integer b_column)
 {
-    __shared__ REAL as[16][64], bs[16][64];
+    __shared__ REAL as[16][65], bs[16][65];  // 65: threads that store a column of them use different banks
     const int t = threadIdx.x, top = blockIdx.y * 64, left = blockIdx.x * 64, row = t / 16, column = t % 16;
     a += blockIdx.z * a_group;
     b += blockIdx.z * b_group;
-    REAL sum[4][4];
+    REAL sum[4][4], next_a[4], next_b[4];
+    // Neighbouring threads load along the direction that is contiguous: place e of a tile is (k, m) or (k, n).
+    const auto row_a = [&](int e) { return a_column == 1 ? e % 16 : e / 64; };
+    const auto column_a = [&](int e) { return a_column == 1 ? e / 16 : e % 64; };
+    const auto row_b = [&](int e) { return b_column == 1 ? e / 64 : e % 16; };
+    const auto column_b = [&](int e) { return b_column == 1 ? e % 64 : e / 16; };
+    const auto load = [&](int first) {
+        for (int i = 0; i < 4; i++) {
+            const int e = t + 256 * i;
+            int k = first + row_a(e), m = top + column_a(e), n = left + column_b(e);
+            next_a[i] = m < M && k < K ? a[m * a_row + k * a_column] : (REAL)0;
+            k = first + row_b(e);
+            next_b[i] = n < N && k < K ? b[k * b_row + n * b_column] : (REAL)0;
+        }
+    };
     for (int i = 0; i < 16; i++) sum[i / 4][i % 4] = 0;
+    load(0);
     for (int first = 0; first < K; first += 16) {
-        for (int e = t; e < 1024; e += 256) {  // neighbouring threads load along the direction that is contiguous
-            int k = a_column == 1 ? e % 16 : e / 64, m = a_column == 1 ? e / 16 : e % 64;
-            as[k][m] = top + m < M && first + k < K ? a[(top + m) * a_row + (first + k) * a_column] : (REAL)0;
-            k = b_column == 1 ? e / 64 : e % 16, m = b_column == 1 ? e % 64 : e / 16;
-            bs[k][m] = left + m < N && first + k < K ? b[(first + k) * b_row + (left + m) * b_column] : (REAL)0;
+        for (int i = 0; i < 4; i++) {
+            const int e = t + 256 * i;
+            as[row_a(e)][column_a(e)] = next_a[i];
+            bs[row_b(e)][column_b(e)] = next_b[i];
         }
         __syncthreads();
+        load(first + 16);
         for (int k = 0; k < 16; k++)
             for (int i = 0; i < 16; i++) sum[i / 4][i % 4] += as[k][row + i / 4 * 16] * bs[k][column + i % 4 * 16];
         __syncthreads();

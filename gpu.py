@@ -27,6 +27,7 @@ TYPES = {"float32": ("float", "float"), "float64": ("double", "double"), "float1
          "bfloat16": ("bfloat16", "float")}  # of images: TYPE and REAL of gpu.cu
 PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 THREADS, BLOCKS = 256, 1024  # of a launch; more blocks than a card runs at once, each thread takes several entries
+CHANNELS = 8  # of a block of batch_statistics and gradient_statistics
 PARTS = 64  # parameters updated by one launch: their table is an argument, of which there are 4 KiB
 PART = np.dtype([("w", np.uint64), ("v", np.uint64), ("g", np.uint64), ("mask", np.uint64), ("size", np.int64)])
 WORKSPACE = 2**30  # bytes of scratch memory that a plan may ask for
@@ -340,7 +341,7 @@ class Engine:
         sums, parts = self.sums("channel_sums", M, C, x.dtype, x) if training else (None, np.int32(0))
         saved = cupy.empty((4, C), real(x.dtype))
         kernel("batch_statistics", x.dtype.name)(
-            (-(-C // 32),), (THREADS,), (sums, parts, x, np.int64(M), np.int32(C), weight, bias, running_mean,
+            (-(-C // CHANNELS),), (THREADS,), (sums, parts, x, np.int64(M), np.int32(C), weight, bias, running_mean,
                                          running_var, np.float64(momentum), np.float64(eps), saved))
         out, v = empty(x.shape, x.dtype), pack(C, x.dtype)
         count = np.int64(x.size // v)
@@ -355,7 +356,7 @@ class Engine:
         wide = real(x.dtype)
         dweight, dbias, terms = cupy.empty(C, wide), cupy.empty(C, wide), cupy.empty((3, C), wide)
         kernel("gradient_statistics", x.dtype.name)(
-            (-(-C // 32),), (THREADS,), (sums, parts, np.int64(M), np.int32(C), saved, np.int32(training), dweight,
+            (-(-C // CHANNELS),), (THREADS,), (sums, parts, np.int64(M), np.int32(C), saved, np.int32(training), dweight,
                                          dbias, terms))
         dx, v = empty(x.shape, x.dtype), pack(C, x.dtype)
         dadd, count = empty(x.shape, x.dtype) if separate else None, np.int64(x.size // v)
