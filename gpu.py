@@ -38,8 +38,10 @@ SCALE = 65536.0  # of the loss in fp16, at first
 
 def dtype_of(name):
     if name == "bfloat16":
-        import ml_dtypes
-
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise conv.EngineError("bfloat16 needs ml_dtypes: pip install -r requirements-gpu.txt") from None
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
 

@@ -27,30 +27,31 @@ gpu = None  # after that what cupy itself cannot do, or not fast: a gpu.Engine
 def use_device(device="auto", number=0, **options):
     """Choose where new arrays live: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
 
-    number: of the machine's GPUs. options: precision, deterministic and tune of gpu.Engine, if it is a GPU. Call it before anything is built. Raises
-    RuntimeError when a GPU is asked for and cannot be used.
+    number: of the machine's GPUs. options: precision, deterministic and tune of gpu.Engine, if it is a GPU. Call it
+    before anything is built. Raises RuntimeError when a GPU is asked for and cannot be used.
     """
     global xp, gpu
     if device not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device is 'auto', 'cpu' or 'gpu', not {device!r}")
     xp, gpu = np, None
-    if device != "cpu":
-        try:
-            import cupy
+    if device == "cpu":
+        return "cpu"
+    try:
+        import cupy
 
-            if number >= (count := cupy.cuda.runtime.getDeviceCount()):
-                raise RuntimeError(f"process {number + 1} of this machine finds {count} GPUs: start one for each")
-            cupy.cuda.Device(number).use()
-            (cupy.zeros(1) + 1).sum()  # importing works without a driver, so launch something small
-            from gpu import Engine
+        (cupy.zeros(1) + 1).sum()  # importing works without a driver, so launch something small
+    except Exception as error:  # no cupy, no driver, no device, no compiler: each has its own type
+        if device == "gpu":
+            reason = str(error).strip().split("\n")[0]
+            raise RuntimeError(f"a GPU was asked for but cannot be used: {reason}") from None
+        return "cpu"
+    if number >= (count := cupy.cuda.runtime.getDeviceCount()):
+        raise RuntimeError(f"process {number + 1} of this machine finds {count} GPUs: start one for each")
+    cupy.cuda.Device(number).use()
+    from gpu import Engine
 
-            gpu = Engine(**options)
-            xp = cupy
-        except Exception as error:  # no cupy, no driver, no device, no compiler: each has its own type
-            if device == "gpu":
-                reason = str(error).strip().split("\n")[0]
-                raise RuntimeError(f"a GPU was asked for but cannot be used: {reason}") from None
-    return "cpu" if xp is np else "gpu"
+    xp, gpu = cupy, Engine(**options)
+    return "gpu"
 
 
 def to_host(array):

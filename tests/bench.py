@@ -6,8 +6,8 @@
     python tests/bench.py loader [FOLDER]    training crops of photographs a second, by threads; of FOLDER's JPEGs
     python tests/bench.py allreduce          ResNet-18 on two ranks: the time to average gradients, scaling efficiency
     python tests/bench.py imagenet           a training step at 224 x 224, and the arithmetic of Table 1
-    python tests/bench.py gpu [--all]        on a GPU: ResNet-18 and the networks of Figure 5 beside PyTorch's; --all: more
-    python tests/bench.py gpu --layers       on a GPU: a step of ResNet-18 function by function
+    python tests/bench.py gpu [--all]        on a GPU: ResNet-18 and Figure 5's networks beside PyTorch's; --layers: a
+                                             step of ResNet-18 function by function (see bench_gpu.py)
 
 Each implementation runs in a process of its own. `mlp` gives each 1 and 2 threads, alternates rounds between all and
 takes the best time of each; `resnet` gives each all cores. NEURAL_TANGENTS=PYTHON names the Python of an environment

@@ -117,11 +117,11 @@ class Ours:
 
     def steps(self, case):
         """(GraphSteps, its progress) of a network and data of random bytes"""
-        import exp_resnet_cifar
-        import exp_resnet_imagenet
         import numpy as np
 
         import data
+        import exp_resnet_cifar
+        import exp_resnet_imagenet
         import nn
         import train
 
@@ -143,10 +143,10 @@ class Ours:
 
     def stacked_steps(self, case):
         """The same of the networks of Figure 5 of a width, as one"""
-        import exp_mlp_mnist
         import numpy as np
 
         import data
+        import exp_mlp_mnist
         import nn
         import together
         import train
@@ -154,7 +154,8 @@ class Ours:
         nn.use_device("gpu", tune=self.tune)
         runs = stack_of(case)
         rng = np.random.default_rng(0)
-        images, labels = rng.integers(0, 256, (case["images"], 1, 28, 28), np.uint8), rng.integers(0, 10, case["images"])
+        images = rng.integers(0, 256, (case["images"], 1, 28, 28), np.uint8)
+        labels = rng.integers(0, 10, len(images))
         dataset = data.normalized("random", 10, (images, labels), (images[:1], labels[:1]), 0.1307, 0.3081).to_device()
         models = [exp_mlp_mnist.build(run, dataset) for run in runs]
         whole = together.stack(models, exp_mlp_mnist.build(runs[0], dataset))
@@ -191,10 +192,10 @@ class Ours:
         graphs that hold nothing else; and the microseconds of a step, a graph as well.
         """
         import cupy
-        from gpu import milliseconds
 
         import nn
         import train
+        from gpu import milliseconds
 
         steps, progress = self.steps(case)
         going = endless(steps, progress)
@@ -374,9 +375,9 @@ class PyTorch:
         """What multiplies the gradient of each parameter, None for those that are dense: the masks of our network."""
         if not case["base"]:
             return itertools.repeat(None)
-        import exp_resnet_cifar
         import torch
 
+        import exp_resnet_cifar
         import nn
 
         model = exp_resnet_cifar.ResNet18(case["width"], case["classes"])
@@ -387,11 +388,12 @@ class PyTorch:
 
     def mlps(self, case):
         """The same for networks of Figure 5: eager the first of them, compiled all as one through vmap."""
-        import exp_mlp_mnist
         import torch
         from pytorch_models import mlp
         from torch.func import grad, vmap
         from torch.nn.functional import cross_entropy, linear
+
+        import exp_mlp_mnist
 
         torch.set_float32_matmul_precision("highest")
         runs = stack_of(case)
@@ -436,7 +438,7 @@ class PyTorch:
         if case["compile"]:
             for p in (*values, x, y):
                 torch._dynamo.mark_static_address(p)  # else what is changed in place is in no CUDA graph
-            update = self.compile(update, "max-autotune")
+            update = self.compile(update, "reduce-overhead")
 
         def step():
             if case["compile"]:
@@ -472,7 +474,7 @@ class PyTorch:
 
 
 def answer(worker, question, state):
-    """What a worker says to a question of the parent: {"about"}, {"prepare": case or None}, {"go"}, {"layers": case}."""
+    """What a worker says to a question: {"about"}, {"prepare": case or None}, {"go"} or {"layers": case}."""
     if "about" in question:
         return worker.about()
     if "layers" in question:
@@ -488,7 +490,7 @@ def answer(worker, question, state):
             begin = time.perf_counter()
             run(3)
             one = (time.perf_counter() - begin) / 3
-            count = case.get("steps") or max(3, min(500, int(case["seconds"] / one)))
+            count = case.get("steps") or max(3, min(2000, int(case["seconds"] / one)))
             state.update(run=run, memory=memory, count=count)
         return {}
     begin = time.perf_counter()
@@ -514,13 +516,9 @@ def serve(name, simulated):
                     worker = (PyTorch if name in ("eager", "compiled") else Ours)(name, simulated)
                 except Exception as error:
                     wrong = str(error) if isinstance(error, RuntimeError) else one_line(error)
-            if wrong:
-                raise Failure(wrong)
-            reply = answer(worker, json.loads(line), state)
+            reply = dict(hopeless=wrong) if wrong else answer(worker, json.loads(line), state)
         except Exception as error:
-            state.clear()
             reply = dict(error=one_line(error))
-            error.__traceback__ = None  # it holds the arrays of the failed case
         print(json.dumps(reply), file=replies, flush=True)
 
 
@@ -531,14 +529,13 @@ class Workers:
     """The processes; started when they are asked first, and again after they broke down."""
 
     def __init__(self, simulated, everything):
-        self.simulated, self.running, self.errors = simulated, {}, tempfile.TemporaryFile("w+")
+        self.simulated, self.running, self.hopeless = simulated, {}, {}
         self.left = {name: math.inf for name in SECONDS} if everything or simulated else dict(SECONDS)
         self.patience = 1200 if everything else PATIENCE
 
     def start(self, name):
         if name not in self.running:
             python = os.environ.get("PYTORCH", sys.executable) if name in ("eager", "compiled") else sys.executable
-            self.errors = tempfile.TemporaryFile("w+")
             command = [python, __file__, "worker", name, "--simulated" if self.simulated else ""]
             errors = tempfile.TemporaryFile("w+")
             process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
@@ -557,6 +554,8 @@ class Workers:
 
     def ask(self, name, seconds=None, **question):
         """The worker's answer; Failure without one in time, or if it is an error."""
+        if name in self.hopeless:
+            raise Failure(self.hopeless[name])
         process, _ = self.start(name)
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(question) + "\n")
@@ -570,45 +569,46 @@ class Workers:
             said = self.stop(name)
             raise Failure(f"ended: {said[-1] if said else f'exit code {process.returncode}'}")
         reply = json.loads(line)
+        if "hopeless" in reply:
+            self.hopeless[name] = reply["hopeless"]
+            raise Failure(reply["hopeless"])
         if "error" in reply:
+            self.stop(name)  # after some errors of a card nothing works any more
             raise Failure(reply["error"])
         return reply
 
     def prepare(self, name, case):
-        left = self.left.get(name, math.inf)
+        limited = name in self.left and case.get("compile", True)
+        left = self.left[name] if limited else math.inf
         if left < 5:
             raise Failure("no time is left for it; --all takes more")
         begin = time.monotonic()
         try:
             self.ask(name, left, prepare=case)
         finally:
-            if name in self.left:
+            if limited:
                 self.left[name] -= time.monotonic() - begin
 
     def measure(self, case, names):
-        """{worker: (least seconds of a step, bytes) or the Failure} of a case; partly a case of its own:
-        names may be {worker: what its case has besides}.
-        """
-        extra = names if isinstance(names, dict) else dict.fromkeys(names, {})
+        """{worker: (least seconds of a step, most bytes), or the Failure} of a case"""
         found = {}
-
-        def attempt(name, work):
+        for name in names:
             try:
-                return work()
+                self.prepare(name, case)
+                found[name] = math.inf, 0
             except Failure as failure:
                 found[name] = failure
-
-        for name, more in extra.items():
-            attempt(name, lambda: self.prepare(name, case | more))
         for _ in range(ROUNDS):
-            for name in extra:
-                if not isinstance(found.get(name), Failure) and (reply := attempt(name, lambda: self.ask(name, go=1))):
-                    before = found.get(name, (math.inf, 0))
-                    found[name] = min(before[0], reply["seconds"]), max(before[1], reply["memory"])
-        for name in extra:
-            if name in self.running:
-                with contextlib.suppress(Failure):
-                    self.ask(name, prepare=None)
+            for name in [name for name in names if isinstance(found[name], tuple)]:
+                try:
+                    reply = self.ask(name, go=1)
+                    seconds, most = found[name]
+                    found[name] = min(seconds, reply["seconds"]), max(most, reply["memory"])
+                except Failure as failure:
+                    found[name] = failure
+        for name in [name for name in names if name in self.running]:  # what others need now
+            with contextlib.suppress(Failure):
+                self.ask(name, prepare=None)
         return found
 
     def __enter__(self):
@@ -660,7 +660,7 @@ def header(workers, about):
 
 
 RESNET_WIDTHS = 8, 8, 8, 9, 7, 7, 7, 7, 7, 7, 8, 7, 7, 9
-MLP_WIDTHS = 9, 8, 8, 8, 8, 9
+MLP_WIDTHS = 9, 9, 9, 9, 9, 11
 
 
 def resnet_row(workers, case, names, card):
@@ -709,23 +709,18 @@ def mlps(workers, widths, everything):
     row(f"{'':10}", ["networks", "ours", "stacked", "eager", "o/eag", "o/stacked"], MLP_WIDTHS)
     for width in widths or exp_mlp_mnist.FIG5_WIDTHS:
         case = dict(net="mlp", width=width, batch=10 if simulated else 100, images=80 if simulated else 60_000,
-                    steps=8 if simulated else 600)  # a round: an epoch
-        count = len(stack_of(case))
-        extra = {"ours": {}, "compiled": {"compile": True}, "eager": {}}
-        found = workers.measure(case, extra)
-        reasons(found)
-        if isinstance(found["compiled"], Failure):
-            workers_left, workers.left["compiled"] = workers.left["compiled"], math.inf
-            found |= workers.measure(case, {"compiled": {"compile": False}})
-            workers.left["compiled"] = workers_left
-            if not isinstance(found["compiled"], Failure):
-                print("    so stacked is not compiled here")
-            else:
-                reasons({"compiled": found["compiled"]})
+                    steps=8 if simulated else 600, compile=True)  # a round: an epoch
+        count, found = len(stack_of(case)), workers.measure(case, ["ours", "compiled", "eager"])
+        wrong = found["compiled"]
+        if isinstance(wrong, Failure):
+            found |= workers.measure(case | {"compile": False}, ["compiled"])
         each = {name: (value[0] / (1 if name == "eager" else count), 0) if isinstance(value, tuple) else value
                 for name, value in found.items()}
         row(f"width {width:3} ", [f"{count}", *(number(each, name, 1e6) for name in ("ours", "compiled", "eager")),
                                   ratio(each, "ours", "eager"), ratio(each, "ours", "compiled")], MLP_WIDTHS)
+        if isinstance(wrong, Failure):
+            print(f"    stacked is not compiled here: {wrong}")
+        reasons(found)
 
 
 def layers(workers, case):
