@@ -51,7 +51,7 @@ __device__ __forceinline__ void set(bfloat16& to, REAL x)
 __device__ __forceinline__ float scaled(float x, float a, float b) { return __fadd_rn(__fmul_rn(x, a), b); }
 __device__ __forceinline__ double scaled(double x, double a, double b) { return __dadd_rn(__dmul_rn(x, a), b); }
 
-// A grid of any size covers all i below `count`.
+// A grid of any size covers all i below `count`, which is below 2^32: divisions of 32 bits are several times as fast.
 #define EVERY(i, count) \
     for (integer i = blockIdx.x * (integer)blockDim.x + threadIdx.x; i < (count); i += gridDim.x * (integer)blockDim.x)
 
@@ -81,7 +81,8 @@ extern "C" __global__ void batch(const unsigned char* images, const integer* lab
     if (order) order += group * count;
     if (draws) draws += group * 3 * count;
     EVERY(e, size * entries) {
-        const int i = e / entries, c = e % channels, w = e / channels % W, h = e / channels / W % H;
+        const unsigned u = e, i = u / (unsigned)entries;
+        const int c = u % channels, w = u / channels % W, h = u / channels / W % H;
         const integer place = *cursor + i, n = order ? order[place] : place;
         REAL value = 0;
         if (c < C) {
@@ -96,7 +97,7 @@ extern "C" __global__ void batch(const unsigned char* images, const integer* lab
             value = scaled((REAL)pixel, scale[entry], shift[entry]);
         }
         set(x[group * size * entries + e], value);
-        if (e % entries == 0) y[group * size + i] = labels[n];
+        if (u == i * (unsigned)entries) y[group * size + i] = labels[n];
     }
 }
 
@@ -110,7 +111,7 @@ extern "C" __global__ void to_images(const void* x, int wide, integer sn, intege
     int H, int W, int channels, integer count, TYPE* y)
 {
     EVERY(i, count) {
-        const integer c = i % channels, w = i / channels % W, h = i / channels / W % H, n = i / channels / W / H;
+        const unsigned u = i, c = u % channels, w = u / channels % W, h = u / channels / W % H, n = u / channels / W / H;
         const integer from = n * sn + c * sc + h * sh + w * sw;
         set(y[i], c >= C ? (REAL)0 : wide ? ((const REAL*)x)[from] : get(((const TYPE*)x)[from]));
     }
@@ -119,7 +120,7 @@ extern "C" __global__ void to_images(const void* x, int wide, integer sn, intege
 // y (pixels, C) of REAL, from x (pixels, channels) of TYPE
 extern "C" __global__ void from_images(const TYPE* x, int C, int channels, integer count, REAL* y)
 {
-    EVERY(i, count) y[i] = get(x[i / C * channels + i % C]);
+    EVERY(i, count) y[i] = get(x[(unsigned)i / C * (integer)channels + (unsigned)i % C]);
 }
 
 // ------------------------------------------------------------------------------------------------ BatchNorm
@@ -229,7 +230,7 @@ extern "C" __global__ void normalize(const TYPE* x, const TYPE* add, const REAL*
     TYPE* y)
 {
     EVERY(i, count) {
-        const int c = i % (C / V) * V;
+        const int c = (unsigned)i % (C / V) * V;
         const Pack p = ((const Pack*)x)[i], q = add ? ((const Pack*)add)[i] : p;
         Pack out;
         for (int v = 0; v < V; v++) {
@@ -266,7 +267,7 @@ extern "C" __global__ void normalize_gradient(const TYPE* g, const TYPE* x, cons
     integer count, TYPE* dx, TYPE* dadd)
 {
     EVERY(i, count) {
-        const int c = i % (C / V) * V;
+        const int c = (unsigned)i % (C / V) * V;
         const Pack pg = ((const Pack*)g)[i], px = ((const Pack*)x)[i], po = out ? ((const Pack*)out)[i] : pg;
         Pack d, masked;
         for (int v = 0; v < V; v++) {
@@ -296,14 +297,15 @@ extern "C" __global__ void mean_pool(const TYPE* x, int pixels, int C, integer c
 {
     EVERY(i, count) {
         REAL sum = 0;
-        for (int p = 0; p < pixels; p++) sum += get(x[(i / C * pixels + p) * C + i % C]);
+        const TYPE* image = x + (unsigned)i / C * (integer)pixels * C + (unsigned)i % C;
+        for (int p = 0; p < pixels; p++) sum += get(image[(integer)p * C]);
         y[i] = sum / pixels;
     }
 }
 
 extern "C" __global__ void mean_pool_gradient(const REAL* g, int pixels, int C, integer count, TYPE* dx)
 {
-    EVERY(i, count) set(dx[i], g[i / C / pixels * C + i % C] / pixels);
+    EVERY(i, count) set(dx[i], g[(unsigned)i / C / pixels * C + (unsigned)i % C] / pixels);
 }
 
 // The largest entry of each window, the first of equals, and which it is; count = N h w C
@@ -311,15 +313,16 @@ extern "C" __global__ void max_pool(const TYPE* x, int C, int H, int W, int size
     integer count, TYPE* y, unsigned char* which)
 {
     EVERY(i, count) {
-        const integer c = i % C, column = i / C % w * stride - padding, row = i / C / w % h * stride - padding;
-        const TYPE* image = x + i / C / w / h * H * W * C;
+        const unsigned u = i;
+        const int c = u % C, column = (int)(u / C % w) * stride - padding, row = (int)(u / C / w % h) * stride - padding;
+        const TYPE* image = x + (integer)(u / C / w / h) * H * W * C;
         bool found = false;
         REAL best = 0;
         int place = 0;
         for (int k = 0; k < size * size; k++) {
-            const integer r = row + k / size, q = column + k % size;
+            const int r = row + k / size, q = column + k % size;
             if (r < 0 || r >= H || q < 0 || q >= W) continue;
-            const REAL value = get(image[(r * W + q) * C + c]);
+            const REAL value = get(image[((integer)r * W + q) * C + c]);
             if (!found || value > best || value != value) best = value, place = k, found = true;
         }
         set(y[i], best);
@@ -332,12 +335,13 @@ extern "C" __global__ void max_pool_gradient(const TYPE* g, const unsigned char*
     int stride, int padding, int h, int w, integer count, TYPE* dx)
 {
     EVERY(i, count) {
-        const int c = i % C, column = i / C % W + padding, row = i / C / W % H + padding;
-        const integer first = i / C / W / H * h * w * C;
+        const unsigned u = i;
+        const int c = u % C, column = u / C % W + padding, row = u / C / W % H + padding;
+        const integer first = (integer)(u / C / W / H) * h * w * C;
         REAL sum = 0;
         for (int r = row < size ? 0 : (row - size) / stride + 1; r < h && r * stride <= row; r++)
             for (int q = column < size ? 0 : (column - size) / stride + 1; q < w && q * stride <= column; q++) {
-                const integer j = first + (r * w + q) * C + c;
+                const integer j = first + ((integer)r * w + q) * C + c;
                 if (which[j] == (row - r * stride) * size + column - q * stride) sum += get(g[j]);
             }
         set(dx[i], sum);

@@ -14,6 +14,7 @@ a random order unless `deterministic` is off.
 import contextlib
 import functools
 import gc
+import itertools
 import math
 from pathlib import Path
 
@@ -30,7 +31,9 @@ THREADS, BLOCKS = 256, 1024  # of a launch; more blocks than a card runs at once
 CHANNELS = 8  # of a block of batch_statistics and gradient_statistics
 PARTS = 64  # parameters updated by one launch: their table is an argument, of which there are 4 KiB
 PART = np.dtype([("w", np.uint64), ("v", np.uint64), ("g", np.uint64), ("mask", np.uint64), ("size", np.int64)])
+ALIGNED = 16  # bytes: where images begin, for cuDNN and for packs
 WORKSPACE = 2**30  # bytes of scratch memory that a plan may ask for
+TRIED = 8  # plans timed for each convolution
 SCALE = 65536.0  # of the loss in fp16, at first
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -99,6 +102,8 @@ def blocks(count):
 
 def launch(name, dtype, count, *args, pack=1, groups=1):
     """A kernel of gpu.cu that takes `count` entries, or packs of entries, one after the other."""
+    if count >= 2**32:
+        raise conv.EngineError(f"a batch of {count:,} entries is too large for a GPU's kernels: choose a smaller --batch")
     kernel(name, np.dtype(dtype).name, pack)((blocks(count), groups), (THREADS,), args)
 
 
@@ -212,7 +217,7 @@ class Engine:
         """
         N, C, H, W = x.shape
         dtype, channels = self.kind(x.dtype), channels or C
-        if out is None and x.dtype == dtype and channels_of(x) == channels:
+        if out is None and x.dtype == dtype and channels_of(x) == channels and x.data.ptr % ALIGNED == 0:
             return x
         if x.dtype not in (dtype, real(dtype)):
             x = x.astype(real(dtype))
@@ -297,20 +302,27 @@ class Engine:
         """(graph, tensors, number of its plan)"""
         graph, tensors = convolution(kind, x, w, y, dtype, stride, padding, self.strict and dtype == "float32",
                                      self.deterministic, handle=self.handle)
-        numbers = plans(graph)
-        if not self.tune:
-            numbers = [n for n in [next(numbers, None)] if n is not None]
-        timed = [(self.tune and milliseconds(lambda: self.execute(graph, tensors, n, arrays)), n) for n in numbers]
+        timed = []
+        for number in itertools.islice(plans(graph), TRIED if self.tune else 1):
+            if self.tune:
+                memory = cupy.empty(max(graph.get_workspace_size_plan_at_index(number), 1), np.uint8)
+                try:
+                    timed.append((milliseconds(lambda: self.execute(graph, tensors, number, arrays, memory)), number))
+                except Exception:  # it can be built, but not run
+                    continue
+            else:
+                timed.append((0, number))
         if not timed:
             raise conv.EngineError(f"cuDNN has no plan for the {described(kind, x, w, y, dtype, stride, padding)}"
                                    + (", without tensor cores" if self.strict else "")
                                    + (", deterministically" if self.deterministic else ""))
         return graph, tensors, min(timed)[1]
 
-    def execute(self, graph, tensors, number, arrays):
+    def execute(self, graph, tensors, number, arrays, memory=None):
         cudnn().set_stream(handle=self.handle, stream=cupy.cuda.get_current_stream().ptr)
         pointers = {tensors[name]: array.data.ptr for name, array in arrays.items()}
-        memory = self.workspace(graph.get_workspace_size_plan_at_index(number))
+        if memory is None:
+            memory = self.workspace(graph.get_workspace_size_plan_at_index(number))
         graph.execute_plan_at_index(pointers, memory.data.ptr, number, handle=self.handle)
 
     @functools.cached_property
@@ -411,7 +423,10 @@ class Engine:
     def product(self, a, b, bias=None):
         """a (.., M, K) @ b (.., K, N) + bias (.., N), with at most one leading axis: float32 without tensor cores."""
         groups = [len(array) for array in (a, b) if array.ndim == 3]
-        (M, K), N, dtype = a.shape[-2:], b.shape[-1], a.dtype
+        (M, K), (rows, N), dtype = a.shape[-2:], b.shape[-2:], a.dtype
+        if K != rows or len({*groups}) > 1 or {x.dtype for x in (a, b, bias) if x is not None} != {dtype}:
+            raise ValueError(f"{a.shape} of {dtype} cannot be multiplied with {b.shape} of {b.dtype}"
+                             + ("" if bias is None else f" and added to {bias.shape} of {bias.dtype}"))
         c = cupy.empty((*groups[:1], M, N), dtype)
 
         def strides(x):
@@ -447,7 +462,7 @@ class Engine:
                 assert g.shape == p.shape and g.dtype == p.dtype, (g.shape, g.dtype, p.shape, p.dtype)
                 pointers = [0 if a is None else a.data.ptr for a in (p.data, v, g, p.mask)]
                 table["at"][0, i] = (*pointers, p.size)
-            grid = min(64, blocks(max(p.size for p, _, _ in rows))), len(rows)
+            grid = min(128, blocks(max(p.size for p, _, _ in rows))), len(rows)
             tables.append((table, grid, rows[0][0].dtype.name))
         if scaling is not None:
             for table, grid, dtype in tables:
@@ -455,7 +470,7 @@ class Engine:
         for table, grid, dtype in tables:
             kernel("sgd", dtype)(grid, (THREADS,), (table, rate, np.int32(rate.size), np.float64(momentum),
                                                     np.float64(weight_decay), np.int32(nesterov), scaling))
-        if scaling is not None:
+        if tables and scaling is not None:
             kernel("rescale", dtype)((1,), (1,), (scaling,))
 
 

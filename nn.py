@@ -494,6 +494,7 @@ def conv2d(x, w, stride=1, padding=0):
     x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W'), H' = (H + 2 padding - kh) // stride + 1. Raises ValueError for
     shapes that do not fit. The gradients are convolutions too: see conv.py.
     """
+    conv.output_size(x.shape, w.shape, stride, padding)  # raises ValueError
     engine_ = engine()
     weights = engine_.weights(w.data)
 
@@ -957,10 +958,12 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
         kept = whole_units(kept, units)
     for index, (_, layer) in enumerate(layers(model)):
         w, unit = layer.weight, units[index]
-        mask = np.zeros(w.size // unit, bool)
-        mask[generator(seed, "mask", index).choice(len(mask), kept[index] // unit, replace=False)] = True
         layer.reset(generator(seed, "weights", index), density=kept[index] / w.size)
-        w.set_mask(None if mask.all() else np.repeat(mask, unit).reshape(w.shape))  # (units,) -> (out, in, ...)
+        w.set_mask(None)
+        if kept[index] < w.size:
+            mask = np.zeros(w.size // unit, bool)
+            mask[generator(seed, "mask", index).choice(len(mask), kept[index] // unit, replace=False)] = True
+            w.set_mask(np.repeat(mask, unit).reshape(w.shape))  # (units,) -> (out, in, ...)
     return kept
 
 

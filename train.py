@@ -574,7 +574,7 @@ class GraphSteps(Steps):
     def __init__(self, *arguments, members=None):
         super().__init__(*arguments)
         self.members, groups, d = members, members and len(members), self.dataset
-        self.pool, self.replays = nn.gpu.pool(), {}
+        self.pool, self.replays, self.coming = nn.gpu.pool(), {}, {}
         # loss and correct answers, of the epoch and of the test
         self.sums = {training: nn.xp.zeros((2, groups) if groups else 2) for training in (True, False)}
         self.resident = isinstance(d, data.Dataset)
@@ -614,7 +614,8 @@ class GraphSteps(Steps):
         d, seed = self.dataset, self.settings.seed
         if self.resident:
             count = len(d.train_labels if training else d.test_labels)
-            self.feeds[training].begin(*(self.shuffled(epoch) if training else (None, None)), start * batch)
+            order = (self.coming.pop(epoch, None) or self.shuffled(epoch)) if training else (None, None)
+            self.feeds[training].begin(*order, start * batch)
             for first in range(start * batch, count, batch):
                 size = min(batch, count - first)
                 self.replay(training, size)()
@@ -632,6 +633,8 @@ class GraphSteps(Steps):
             progress.step += 1
             progress.seen += size
             yield len(self.stopped)
+        if self.resident and progress.epoch + 1 < self.settings.epochs:  # while the GPU is at the steps
+            self.coming[progress.epoch + 1] = self.shuffled(progress.epoch + 1)
 
     def read(self, progress):
         progress.loss_sum, progress.correct = self.sums[True].get().tolist()

@@ -6,6 +6,9 @@ same batch each time: "eager" channels_last with autocast, cudnn.benchmark and f
 through torch.compile in mode max-autotune. Each is a process of its own that prepares a case, then answers rounds in
 turn with the others. One that fails says why below the row. Ours is deterministic, PyTorch is not.
 
+Figure 5's networks: ours all of a width as one (together.py), PyTorch's one at a time, and "stacked" all as one through
+torch.func.vmap, compiled with CUDA graphs (reduce-overhead).
+
 Tuning and compiling take long: without --all the latter is done for some cases, and both as long as SECONDS last.
 PYTORCH=PYTHON names the Python of an environment with another PyTorch.
 """
@@ -35,10 +38,11 @@ PEAKS = {  # dense TFLOP/s by what the card's name holds, the first that fits; t
 }
 WORKERS = {"ours": "ours", "tuned": "ours, tuned", "no graph": "ours, no graph", "eager": "PyTorch eager",
            "compiled": "PyTorch compiled"}
-ROUNDS, ROUND_SECONDS, WARM = 3, 0.5, 5  # WARM: steps before the first that is timed
-PATIENCE = 120  # seconds for an answer
-SECONDS = {"tuned": 100, "compiled": 150}  # in all for preparing networks, unless --all
-STACKED_SECONDS = 60  # the same for the networks of Figure 5
+ROUNDS, ROUND_SECONDS, WARM = 3, 0.3, 5  # WARM: steps before the first that is timed
+PATIENCE = 150  # seconds for an answer
+# Unless --all, seconds in all for preparing networks, and after the start until when any of it may begin
+SECONDS, UNTIL = {"tuned": 150, "compiled": 130}, 300
+STACKED_SECONDS, STACKED_UNTIL = {"compiled": 60}, 420  # the same for the networks of Figure 5
 REPEATS = 20  # calls of a function in the graph that times it
 
 
@@ -61,12 +65,13 @@ def cases(simulated):
         tiny = dict(images=48, seconds=0)
         photographs = cifar(2, 4, side=64, classes=12, **tiny)
         return ([cifar(2, 4, **tiny), cifar(3, 4, "tf32", **tiny), photographs], cifar(4, 4, base=2, **tiny),
-                cifar(2, 4, **tiny), [cifar(2, 4, images=4 * 12 * REPEATS, seconds=0)], (5, 20))
+                cifar(2, 4, **tiny), [cifar(2, 4, **tiny), photographs], (5, 20))
     networks = [cifar(width, 128) for width in (64, 256, 8, 128)]
-    networks.append(cifar(64, 256, side=224, classes=1000, images=2048))
+    photographs = cifar(64, 256, side=224, classes=1000, images=2048)
+    networks.append(photographs)
     networks += [cifar(width, 512) for width in (64, 256, 8, 128)]
     networks += [cifar(width, 128, "tf32") for width in (64, 256, 8, 128)]
-    return networks, cifar(64, 128, base=8), cifar(8, 128), [cifar(64, 128), cifar(256, 128)], None
+    return networks, cifar(64, 128, base=8), cifar(8, 128), [cifar(64, 128), cifar(256, 128), photographs], None
 
 
 def title(case):
@@ -212,8 +217,12 @@ class Ours:
 
             return call
 
+        def first_batch(size, batch=feed.batch):
+            feed.cursor.fill(0)  # else the data would end
+            return batch(size)
+
         feed.begin(*steps.shuffled(0))
-        feed.batch = recording("batch", feed.batch)
+        feed.batch = recording("batch", first_batch)
         for name in PARTS:
             setattr(nn.gpu, name, recording(name, getattr(nn.gpu, name)))
         train.train_step(steps.model, steps.optimizer, *feed.batch(case["batch"]))
@@ -221,7 +230,6 @@ class Ours:
             delattr(nn.gpu, name)
         for p in steps.model.parameters():
             p.grad = nn.stored(nn.xp.ones_like(p.data) * 1e-6)  # SGD is to move them again
-        feed.begin(*steps.shuffled(0))
         found = {}
         for name, function, args in calls:
             what, operations = described(name, args)
@@ -302,6 +310,8 @@ class PyTorch:
             raise Failure(f"PyTorch {torch.__version__} sees no GPU")
         self.compiled, self.simulated, self.device = name == "compiled", simulated, "cpu" if simulated else "cuda"
         torch.manual_seed(0)
+        if simulated:
+            torch.set_num_threads(1)  # for small arrays several are slower
         torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
         sys.path.insert(0, str(ROOT))
 
@@ -389,6 +399,7 @@ class PyTorch:
     def mlps(self, case):
         """The same for networks of Figure 5: eager the first of them, compiled all as one through vmap."""
         import torch
+        import torch._dynamo
         from pytorch_models import mlp
         from torch.func import grad, vmap
         from torch.nn.functional import cross_entropy, linear
@@ -508,14 +519,13 @@ def serve(name, simulated):
     """Answer each question on standard input, a line of JSON, with one. What else is printed goes to standard error."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    worker, state, wrong = None, {}, None
+    state, wrong = {}, None
+    try:
+        worker = (PyTorch if name in ("eager", "compiled") else Ours)(name, simulated)
+    except Exception as error:
+        wrong = str(error) if isinstance(error, RuntimeError) else one_line(error)
     for line in sys.stdin:
         try:
-            if wrong is None and worker is None:
-                try:
-                    worker = (PyTorch if name in ("eager", "compiled") else Ours)(name, simulated)
-                except Exception as error:
-                    wrong = str(error) if isinstance(error, RuntimeError) else one_line(error)
             reply = dict(hopeless=wrong) if wrong else answer(worker, json.loads(line), state)
         except Exception as error:
             reply = dict(error=one_line(error))
@@ -530,8 +540,14 @@ class Workers:
 
     def __init__(self, simulated, everything):
         self.simulated, self.running, self.hopeless = simulated, {}, {}
-        self.left = {name: math.inf for name in SECONDS} if everything or simulated else dict(SECONDS)
+        self.began, self.unlimited = time.monotonic(), everything or simulated
         self.patience = 1200 if everything else PATIENCE
+        self.limit(SECONDS, UNTIL)
+
+    def limit(self, seconds, until):
+        """Spend no more than these seconds on preparing networks, {worker: seconds}, and none after `until`."""
+        self.left = {} if self.unlimited else dict(seconds)
+        self.until = self.began + until
 
     def start(self, name):
         if name not in self.running:
@@ -579,7 +595,7 @@ class Workers:
 
     def prepare(self, name, case):
         limited = name in self.left and case.get("compile", True)
-        left = self.left[name] if limited else math.inf
+        left = min(self.left[name], self.until - time.monotonic()) if limited else math.inf
         if left < 5:
             raise Failure("no time is left for it; --all takes more")
         begin = time.monotonic()
@@ -672,7 +688,7 @@ def resnet_row(workers, case, names, card):
         measured = peak and isinstance(found.get(name), tuple)
         parts.append(f"{operations / found[name][0] / peak / 1e12:.1%}" if measured else "-")
     four = "ours", "tuned", "eager", "compiled"
-    row(f"{title(case) + (' masked' if case['base'] else ''):36}",
+    row(f"{title(case) + (' masked' if case['base'] else ''):38}",
         [*(number(found, name, 1e3) for name in four),
          *(ratio(found, mine, theirs) for theirs in ("eager", "compiled") for mine in ("ours", "tuned")), *parts,
          *(number(found, name, 2**-20, 0, index=1) for name in four)], RESNET_WIDTHS)
@@ -682,7 +698,7 @@ def resnet_row(workers, case, names, card):
 def resnets(workers, networks, masked, everything, card):
     print(f"\nResNet-18, a training step: milliseconds, the least of {ROUNDS} rounds; ratios to PyTorch eager and "
           "compiled;\npart of the card's peak; most memory of the card in MB, without data sets")
-    row(f"{'':36}", ["ours", "tuned", "eager", "compiled", "o/eag", "t/eag", "o/com", "t/com", "peak o", "peak t",
+    row(f"{'':38}", ["ours", "tuned", "eager", "compiled", "o/eag", "t/eag", "o/com", "t/com", "peak o", "peak t",
                      "MB ours", "tuned", "eager", "compiled"], RESNET_WIDTHS)
     for case in networks:
         compiles = everything or workers.simulated or case["width"] in (64, 256) and case["precision"] == "bf16"
@@ -698,12 +714,11 @@ def graphs(workers, case):
     reasons(found)
 
 
-def mlps(workers, widths, everything):
+def mlps(workers, widths):
     import exp_mlp_mnist
 
     simulated = workers.simulated
-    if not everything and not simulated:
-        workers.left["compiled"] = STACKED_SECONDS
+    workers.limit(STACKED_SECONDS, STACKED_UNTIL)
     print("\nFigure 5's networks: microseconds a network and step; ours and stacked all of a width as one, stacked: "
           "PyTorch's\nvmap, compiled; eager one at a time")
     row(f"{'':10}", ["networks", "ours", "stacked", "eager", "o/eag", "o/stacked"], MLP_WIDTHS)
@@ -779,12 +794,13 @@ def main(words):
             workers.start(name)
         header(workers, about)
         if "--layers" in words:
+            workers.patience *= 2  # all of a network is timed, one by one
             for case in layered:
                 layers(workers, case)
         else:
             resnets(workers, networks, masked, everything, about["gpu"])
             graphs(workers, ungraphed)
-            mlps(workers, widths, everything)
+            mlps(workers, widths)
     return 0
 
 
