@@ -310,7 +310,7 @@ extern "C" __global__ void mean_pool_gradient(const REAL* g, int pixels, int C, 
 
 // The largest entry of each window, the first of equals, and which it is; count = N h w C
 extern "C" __global__ void max_pool(const TYPE* x, int C, int H, int W, int size, int stride, int padding, int h, int w,
-    integer count, TYPE* y, unsigned char* which)
+    integer count, TYPE* y, unsigned short* which)
 {
     EVERY(i, count) {
         const unsigned u = i;
@@ -331,7 +331,7 @@ extern "C" __global__ void max_pool(const TYPE* x, int C, int H, int W, int size
 }
 
 // dx: of each pixel, the gradients of the windows of which it is the largest; count = N H W C
-extern "C" __global__ void max_pool_gradient(const TYPE* g, const unsigned char* which, int C, int H, int W, int size,
+extern "C" __global__ void max_pool_gradient(const TYPE* g, const unsigned short* which, int C, int H, int W, int size,
     int stride, int padding, int h, int w, integer count, TYPE* dx)
 {
     EVERY(i, count) {

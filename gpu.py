@@ -103,11 +103,16 @@ def blocks(count):
 def launch(name, dtype, count, *args, pack=1, groups=1):
     """A kernel of gpu.cu that takes `count` entries, or packs of entries, one after the other."""
     if count >= 2**32:
-        raise conv.EngineError(f"a batch of {count:,} entries is too large for a GPU's kernels: choose a smaller --batch")
+        raise conv.EngineError(f"a batch of {count:,} entries is too large for the kernels: choose a smaller --batch")
     kernel(name, np.dtype(dtype).name, pack)((blocks(count), groups), (THREADS,), args)
 
 
 # ---------------------------------------------------------------------------------------------- cuDNN
+
+
+def reason_of(error):
+    """An exception in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @functools.cache
@@ -119,7 +124,7 @@ def cudnn():
         pathfinder.load_nvidia_dynamic_lib("cudart")  # one that came as a Python package is found no other way
         import cudnn
     except Exception as error:  # ImportError, or whatever a library that does not load makes them raise
-        raise conv.EngineError(f"convolution on a GPU needs cuDNN ({str(error).splitlines()[0]}): "
+        raise conv.EngineError(f"convolution on a GPU needs cuDNN ({reason_of(error)}): "
                                "pip install -r requirements-gpu.txt") from None
     return cudnn
 
@@ -258,6 +263,8 @@ class Engine:
         size = conv.output_size(x.shape, w.shape, stride, padding)
         channels = self.padded(x.shape[1])
         x, w = self.images(x, channels), self.images(w, channels)
+        if x.dtype != w.dtype:
+            raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}")
         y = empty((len(x), len(w), *size), x.dtype)
         self.convolve("fprop", x, w, y, stride, padding, channels)
         return y
@@ -295,8 +302,7 @@ class Engine:
         except conv.EngineError:
             raise
         except Exception as error:  # RuntimeError and cuDNN's own types, and CuPy's when memory runs out
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise conv.EngineError(f"cuDNN's {described(*key)} failed: {reason[0]}") from None
+            raise conv.EngineError(f"cuDNN's {described(*key)} failed: {reason_of(error)}") from None
 
     def planned(self, kind, x, w, y, dtype, stride, padding, arrays):
         """(graph, tensors, number of its plan)"""
@@ -354,9 +360,9 @@ class Engine:
         C, M = x.shape[1], x.size // x.shape[1]
         sums, parts = self.sums("channel_sums", M, C, x.dtype, x) if training else (None, np.int32(0))
         saved = cupy.empty((4, C), real(x.dtype))
-        kernel("batch_statistics", x.dtype.name)(
-            (-(-C // CHANNELS),), (THREADS,), (sums, parts, x, np.int64(M), np.int32(C), weight, bias, running_mean,
-                                         running_var, np.float64(momentum), np.float64(eps), saved))
+        arguments = (sums, parts, x, np.int64(M), np.int32(C), weight, bias, running_mean, running_var,
+                     np.float64(momentum), np.float64(eps), saved)
+        kernel("batch_statistics", x.dtype.name)((-(-C // CHANNELS),), (THREADS,), arguments)
         out, v = empty(x.shape, x.dtype), pack(C, x.dtype)
         count = np.int64(x.size // v)
         launch("normalize", x.dtype, count, x, add, saved, np.int32(relu), np.int32(C), count, out, pack=v)
@@ -369,9 +375,8 @@ class Engine:
         sums, parts = self.sums("gradient_sums", M, C, x.dtype, g, x, out, saved)  # saved begins with the mean
         wide = real(x.dtype)
         dweight, dbias, terms = cupy.empty(C, wide), cupy.empty(C, wide), cupy.empty((3, C), wide)
-        kernel("gradient_statistics", x.dtype.name)(
-            (-(-C // CHANNELS),), (THREADS,), (sums, parts, np.int64(M), np.int32(C), saved, np.int32(training), dweight,
-                                         dbias, terms))
+        arguments = sums, parts, np.int64(M), np.int32(C), saved, np.int32(training), dweight, dbias, terms
+        kernel("gradient_statistics", x.dtype.name)((-(-C // CHANNELS),), (THREADS,), arguments)
         dx, v = empty(x.shape, x.dtype), pack(C, x.dtype)
         dadd, count = empty(x.shape, x.dtype) if separate else None, np.int64(x.size // v)
         launch("normalize_gradient", x.dtype, count, g, x, out, terms, np.int32(C), count, dx, dadd, pack=v)
@@ -405,7 +410,7 @@ class Engine:
         x = self.images(x)
         N, C, H, W = x.shape
         h, w = ((n + 2 * padding - size) // stride + 1 for n in (H, W))
-        out, which = empty((N, C, h, w), x.dtype), empty((N, C, h, w), np.uint8)
+        out, which = empty((N, C, h, w), x.dtype), empty((N, C, h, w), np.uint16)
         launch("max_pool", x.dtype, out.size, x, *map(np.int32, (C, H, W, size, stride, padding, h, w)),
                np.int64(out.size), out, which)
         return out, which
@@ -424,7 +429,8 @@ class Engine:
         """a (.., M, K) @ b (.., K, N) + bias (.., N), with at most one leading axis: float32 without tensor cores."""
         groups = [len(array) for array in (a, b) if array.ndim == 3]
         (M, K), (rows, N), dtype = a.shape[-2:], b.shape[-2:], a.dtype
-        if K != rows or len({*groups}) > 1 or {x.dtype for x in (a, b, bias) if x is not None} != {dtype}:
+        fits = K == rows and len({*groups}) < 2 and (bias is None or bias.shape == (*groups[:1], N))
+        if not fits or {x.dtype for x in (a, b, bias) if x is not None} != {dtype}:
             raise ValueError(f"{a.shape} of {dtype} cannot be multiplied with {b.shape} of {b.dtype}"
                              + ("" if bias is None else f" and added to {bias.shape} of {bias.dtype}"))
         c = cupy.empty((*groups[:1], M, N), dtype)
@@ -520,6 +526,7 @@ class Feed:
         an order in that of the data set.
         """
         for name, array in (("order", order), ("draws", draws)):
+            assert array is not None or getattr(self, name) is None, f"a feed that had an {name} goes on with one"
             if array is not None:
                 array = np.ascontiguousarray(array, np.int64 if name == "order" else np.int32)
                 if getattr(self, name) is None:  # later epochs go to the same memory: captured graphs read it

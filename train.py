@@ -132,14 +132,15 @@ class Settings:
 @functools.cache
 def code_version():
     """A hash of the project's modules and, in a git checkout, the commit."""
-    content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()[:12]
+    sources = [*sorted(ROOT.glob("*.py")), ROOT / "gpu.cu"]
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
     def git(*words):
         command = ["git", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = " with changes" if git("status", "--porcelain", "--", "*.py") else ""
+        changed = " with changes" if git("status", "--porcelain", "--", "*.py", "*.cu") else ""
         return f"{content} on commit {git('rev-parse', '--short', 'HEAD')}{changed}"
     except (OSError, subprocess.CalledProcessError):  # no git here, or no checkout
         return content

@@ -20,6 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import simulated_gpu  # noqa: E402
+
 import command  # noqa: E402
 import data  # noqa: E402
 import distributed  # noqa: E402
@@ -27,7 +29,6 @@ import exp_mlp_mnist as mlp  # noqa: E402
 import exp_resnet_cifar as resnet  # noqa: E402
 import figures  # noqa: E402
 import nn  # noqa: E402
-import simulated_gpu  # noqa: E402
 import train  # noqa: E402
 
 BESIDE = str(Path(sys.executable).parent)  # where pip puts the mpirun of a wheel
