@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_distributed import digits
 
 import command
 import exp_bottleneck
@@ -19,8 +20,8 @@ import exp_resnet_imagenet
 import nn
 import train
 
-SMALL = dict(data="synthetic", epochs=2, limit=84, held_out=90, batch=16, lr=0.01, device="gpu", save_every=1e9)
-RESNET = exp_resnet_cifar.Settings(width=3, base_width=2, **SMALL)  # five batches of 16 and one of 4 an epoch
+SMALL = dict(data="synthetic", epochs=2, limit=68, held_out=40, batch=16, lr=0.01, device="gpu", save_every=1e9)
+RESNET = exp_resnet_cifar.Settings(width=3, base_width=2, **SMALL)  # four batches of 16 and one of 4 an epoch
 MLP = exp_mlp_mnist.Settings(width=12, **SMALL)
 BOTTLENECK = exp_bottleneck.Settings(kind="linear", width=3, base_width=2, **SMALL)
 PHOTOS = exp_resnet_imagenet.Settings(width=3, base_width=2, size=32, **SMALL)
@@ -30,8 +31,12 @@ PHOTOS = exp_resnet_imagenet.Settings(width=3, base_width=2, size=32, **SMALL)
 def trained(tmp_path, tmp_path_factory):
     """A function that trains these settings in a folder of this name, as far as a run there is not done."""
     def train_it(settings, name, experiment=exp_resnet_cifar.EXPERIMENT):
-        data = str(tmp_path_factory.getbasetemp() / "drawn")
-        run = train.Run(experiment, replace(settings, out=str(tmp_path / name), data_dir=data))
+        drawn = str(tmp_path_factory.getbasetemp() / "drawn")
+        if experiment is exp_mlp_mnist.EXPERIMENT:
+            experiment = replace(experiment, load=lambda s: s.part_of(digits()))
+        elif experiment is not exp_resnet_imagenet.EXPERIMENT:
+            experiment = replace(experiment, load=lambda s: s.part_of(digits(side=32, channels=3)).augmented(4, True))
+        run = train.Run(experiment, replace(settings, out=str(tmp_path / name), data_dir=drawn))
         with run.lock() as mine:
             assert mine
             run.train(bar=False)
@@ -75,7 +80,8 @@ def test_captured_and_uncaptured_steps_give_the_same_bits(gpu, trained, monkeypa
     assert (log(captured) == log(uncaptured)).all() and state(captured) == state(uncaptured)
 
 
-@pytest.mark.parametrize("precision, steps", [("tf32", 2), ("tf32", 6), ("fp16", 9)])
+@pytest.mark.parametrize("precision, steps", [
+    pytest.param("tf32", 2, marks=pytest.mark.slow), pytest.param("tf32", 5, marks=pytest.mark.slow), ("fp16", 8)])
 def test_stopped_and_continued_to_the_same_bits(gpu, trained, monkeypatch, precision, steps):
     """Within the first epoch, at its end, in the second; fp16 has the scale of the loss to remember."""
     gpu(precision=precision)
@@ -95,8 +101,8 @@ def test_stopped_and_continued_to_the_same_bits(gpu, trained, monkeypatch, preci
 
 
 @pytest.mark.parametrize("experiment, settings", [
-    (exp_mlp_mnist.EXPERIMENT, MLP), (exp_resnet_cifar.EXPERIMENT, RESNET), (exp_bottleneck.EXPERIMENT, BOTTLENECK),
-    (exp_resnet_imagenet.EXPERIMENT, PHOTOS)])
+    (exp_mlp_mnist.EXPERIMENT, MLP), (exp_bottleneck.EXPERIMENT, BOTTLENECK), (exp_resnet_imagenet.EXPERIMENT, PHOTOS),
+    pytest.param(exp_resnet_cifar.EXPERIMENT, RESNET, marks=pytest.mark.slow)])
 def test_as_on_the_cpu(gpu, trained, experiment, settings):
     settings = replace(settings, epochs=1, **({} if settings is MLP else {"precision": "fp32", "lr": 1e-3}))
     alone = trained(settings, "cpu", experiment)
@@ -108,7 +114,7 @@ def test_as_on_the_cpu(gpu, trained, experiment, settings):
     assert versions["device"] == "gpu" and versions["gpu"] and versions["deterministic"] is True
 
 
-@pytest.mark.parametrize("first, then", [("cpu", "gpu"), ("gpu", "cpu")])
+@pytest.mark.parametrize("first, then", [("cpu", "gpu"), pytest.param("gpu", "cpu", marks=pytest.mark.slow)])
 def test_a_run_goes_on_on_the_other_device(gpu, trained, monkeypatch, first, then):
     """Weights, masks, velocities and running estimates mean the same there."""
     settings = replace(RESNET, width=8, precision="fp32", lr=1e-3, epochs=2)

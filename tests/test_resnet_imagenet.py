@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_conv import check, draw_parameters, estimates, fill, margin, resnet18_in_pytorch, set_dtype, torch  # noqa
+from test_conv import check, draw_parameters, estimates, fill, margin, set_dtype, torch  # noqa
 from test_distributed import ENV, MPIRUN, with_mpi
 
 import command
@@ -24,12 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_network_is_pytorchs(torch):  # noqa: F811
     """Loss, every gradient, running estimates and evaluation mode in float64; see test_resnet18_is_pytorchs."""
+    from pytorch_models import resnet18  # where PyTorch is installed
+
     width, N = 4, 3
     net = set_dtype(imagenet.ResNet18(width, 7), np.float64)
-    _, *layers = resnet18_in_pytorch(torch, width, 7)
-    layers[2:2] = [torch.nn.MaxPool2d(3, 2, 1)]  # after BatchNorm and ReLU
+    layers = resnet18(width, 7, side=64, inplace=False)  # and here of 75 x 64
     layers = [torch.nn.AdaptiveAvgPool2d(1) if isinstance(m, torch.nn.AvgPool2d) else m for m in layers]
-    twin = torch.nn.Sequential(torch.nn.Conv2d(3, width, 7, 2, 3, bias=False), *layers).double()
+    twin = torch.nn.Sequential(*layers).double()
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         draw_parameters(net, rng)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_distributed import digits
 
 import exp_mlp_mnist as mlp
 import exp_resnet_cifar
@@ -15,13 +16,12 @@ import nn
 import together
 import train
 
-QUICK = dict(data="synthetic", epochs=3, limit=250, held_out=200, batch=100, save_every=1e9)
+MLP = replace(mlp.EXPERIMENT, load=lambda s: (lambda d: d.standardized_by_pixel() if s.pixelwise else d)(digits()))
 
 
 @pytest.fixture
-def settings(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "digits"  # drawn once
-    return mlp.Settings(width=12, **QUICK, data_dir=str(folder))
+def settings():
+    return mlp.Settings(width=12, data="synthetic", epochs=3, batch=100, save_every=1e9)  # 220 images, 80 to test
 
 
 def networks(s):
@@ -30,7 +30,7 @@ def networks(s):
             replace(s, how="proportional", seed=2)]
 
 
-def runs_in(folder, networks, experiment=mlp.EXPERIMENT):
+def runs_in(folder, networks, experiment=MLP):
     return [train.Run(experiment, replace(s, out=str(folder))) for s in networks]
 
 
@@ -49,13 +49,13 @@ def weights(run):
         return {name: file[name].tobytes() for name in file.files if name.startswith(("model.", "optimizer."))}
 
 
-def one_by_one(folder, networks, experiment=mlp.EXPERIMENT):
+def one_by_one(folder, networks, experiment=MLP):
     runs = runs_in(folder, networks, experiment)
     assert train.sweep(runs, bar=False) == 0
     return runs
 
 
-def as_one(folder, networks, experiment=mlp.EXPERIMENT):
+def as_one(folder, networks, experiment=MLP):
     runs = runs_in(folder, networks, experiment)
     together.train_groups(runs)
     return runs
@@ -80,9 +80,9 @@ def with_momentum(experiment):
                    schedule=lambda s: nn.MultiStepLR(s.lr, [1, 2]))
 
 
-@pytest.mark.parametrize("change", [lambda e: e, with_momentum])
+@pytest.mark.parametrize("change", [pytest.param(lambda e: e, marks=pytest.mark.slow), with_momentum])
 def test_as_one_by_one(gpu, settings, groups, tmp_path, change):
-    experiment, all_ = change(mlp.EXPERIMENT), networks(settings) + [replace(settings, width=7)]
+    experiment, all_ = change(MLP), networks(settings) + [replace(settings, width=7)]
     alone = one_by_one(tmp_path / "cpu", all_, experiment)
     gpu()
     single = one_by_one(tmp_path / "single", all_, experiment)
@@ -106,7 +106,7 @@ def test_as_one_by_one(gpu, settings, groups, tmp_path, change):
 
 def test_pixelwise_and_ntk(gpu, settings, tmp_path):
     s = mlp.fig8_at(settings, 32, False)
-    s = replace(s, limit=250, batch=100, lr=8.0)
+    s = replace(s, batch=100, lr=8.0)
     all_ = [s, replace(s, seed=1), replace(s, lr=16.0)]
     alone = one_by_one(tmp_path / "cpu", all_)
     gpu()
@@ -128,19 +128,20 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(train.GraphSteps, "train", interrupted)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 5])  # in an epoch, at its end, in the next
+@pytest.mark.parametrize("steps", [  # in an epoch, at its end, in the next
+    pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_stopped_and_continued(gpu, settings, groups, tmp_path, monkeypatch, steps):
     gpu()
     all_ = networks(settings)
-    whole = as_one(tmp_path / "whole", all_, with_momentum(mlp.EXPERIMENT))
+    whole = as_one(tmp_path / "whole", all_, with_momentum(MLP))
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
         with pytest.raises(SystemExit) as stop:
-            as_one(tmp_path / "cut", all_, with_momentum(mlp.EXPERIMENT))
+            as_one(tmp_path / "cut", all_, with_momentum(MLP))
         assert stop.value.code == 128 + signal.SIGTERM
     cut = runs_in(tmp_path / "cut", all_)
     assert not any(run.done() for run in cut) and all((run.folder / "checkpoint.npz").exists() for run in cut)
-    cut = as_one(tmp_path / "cut", all_, with_momentum(mlp.EXPERIMENT))
+    cut = as_one(tmp_path / "cut", all_, with_momentum(MLP))
     assert groups == [5, 5, 5]
     assert (logs(cut) == logs(whole)).all() and [weights(run) for run in cut] == [weights(run) for run in whole]
 
