@@ -453,8 +453,9 @@ def classify(logits, labels):
     else:
         rows = labels.reshape(-1)  # (networks N,)
         columns = np.arange(len(rows))
-        z = np.ascontiguousarray(logits.data.reshape(len(rows), -1).T)  # (classes, networks N): reductions over
-        correct = (z.argmax(axis=0) == rows).reshape(labels.shape).sum(axis=-1)  # classes then run along memory
+        correct = (logits.data.argmax(axis=-1) == labels).sum(axis=-1)
+        # (classes, networks N): reductions over classes then run along memory
+        z = np.ascontiguousarray(logits.data.reshape(len(rows), -1).T)
         z -= z.max(axis=0)
         p = np.exp(z)
         total = p.sum(axis=0)
@@ -1036,6 +1037,7 @@ class SGD:
         if gpu:
             options = self.momentum, self.weight_decay, self.nesterov, self.scaling
             return gpu.sgd(self.params, self.velocity, self.rate, *options)
+        lr, many = self.lr, isinstance(self.lr, np.ndarray)
         for i, p in enumerate(self.params):
             if p.grad is None:
                 continue
@@ -1048,8 +1050,7 @@ class SGD:
                 v = self.velocity[i]
                 v = self.velocity[i] = g.copy() if v is None else self.momentum * v + g
                 g = g + self.momentum * v if self.nesterov else v
-            lr = np.repeat(np.asarray(self.lr, p.dtype), p.size // np.size(self.lr)) if np.ndim(self.lr) else self.lr
-            w[part] -= lr * g
+            w[part] -= (np.repeat(lr.astype(p.dtype), p.size // len(lr)) if many else lr) * g
 
     def zero_grad(self):
         for p in self.params:
