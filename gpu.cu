@@ -125,6 +125,21 @@ extern "C" __global__ void from_images(const TYPE* x, int C, int channels, integ
 
 // ------------------------------------------------------------------------------------------------ BatchNorm
 
+// sums (parts, 2, C) of this block's part, from what each thread has found for the pack of channels in its lane
+__device__ __forceinline__ void add_up(REAL (&s)[2 * V][256], const REAL* first, const REAL* second, int C, int lanes,
+    int lane, REAL* sums)
+{
+    const int t = threadIdx.x;
+    for (int v = 0; v < V; v++) s[v][t] = first[v], s[V + v][t] = second[v];
+    __syncthreads();
+    reduce(s, lanes);
+    if (t < lanes && lane * V < C)
+        for (int v = 0; v < V; v++) {
+            sums[2 * blockIdx.y * C + lane * V + v] = s[v][t];
+            sums[(2 * blockIdx.y + 1) * C + lane * V + v] = s[V + v][t];
+        }
+}
+
 // For each channel and each of gridDim.y parts of the pixels: the sums of x - near and of (x - near)^2, near being the
 // channel's first entry, so that nothing cancels. `lanes`, a power of two, packs of channels to a block.
 extern "C" __global__ __launch_bounds__(256) void channel_sums(const TYPE* x, integer M, int C, int lanes, REAL* sums)
@@ -144,14 +159,7 @@ extern "C" __global__ __launch_bounds__(256) void channel_sums(const TYPE* x, in
             }
         }
     }
-    for (int v = 0; v < V; v++) s[v][t] = first[v], s[V + v][t] = second[v];
-    __syncthreads();
-    reduce(s, lanes);
-    if (t < lanes && lane < packs)
-        for (int v = 0; v < V; v++) {
-            sums[2 * blockIdx.y * C + lane * V + v] = s[v][t];
-            sums[(2 * blockIdx.y + 1) * C + lane * V + v] = s[V + v][t];
-        }
+    add_up(s, first, second, C, lanes, lane, sums);
 }
 
 // The same for the gradient g behind the ReLU (0 where out = 0; out null: no ReLU): sums of g and of g (x - mean).
@@ -174,14 +182,7 @@ extern "C" __global__ __launch_bounds__(256) void gradient_sums(const TYPE* g, c
             }
         }
     }
-    for (int v = 0; v < V; v++) s[v][t] = first[v], s[V + v][t] = second[v];
-    __syncthreads();
-    reduce(s, lanes);
-    if (t < lanes && lane < packs)
-        for (int v = 0; v < V; v++) {
-            sums[2 * blockIdx.y * C + lane * V + v] = s[v][t];
-            sums[(2 * blockIdx.y + 1) * C + lane * V + v] = s[V + v][t];
-        }
+    add_up(s, first, second, C, lanes, lane, sums);
 }
 
 // What follows adds those sums up for CHANNELS channels a block, by 32 threads each: s[0], s[1] [thread] is what a thread

@@ -58,7 +58,7 @@ def state(run):
 
 
 def interrupted(monkeypatch, steps):
-    """SIGTERM after so many steps, counted over all epochs."""
+    """SIGTERM to this process after so many steps, counted over all epochs."""
     real = train.GraphSteps.train
 
     def steps_until(self, progress):

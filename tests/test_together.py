@@ -1,13 +1,13 @@
 """Networks trained as one are the networks trained one by one, whatever happens on the way."""
 
 import csv
-import os
 import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_distributed import digits
+from test_gpu_runs import interrupted
 
 import exp_mlp_mnist as mlp
 import exp_resnet_cifar
@@ -113,21 +113,6 @@ def test_pixelwise_and_ntk(gpu, settings, tmp_path):
     np.testing.assert_allclose(logs(as_one(tmp_path / "as one", all_)), logs(alone), rtol=2e-4, atol=1e-6)
 
 
-def stop_after(monkeypatch, steps):
-    """Tell the process to stop after so many steps."""
-    real = train.GraphSteps.train
-
-    def interrupted(self, progress):
-        nonlocal steps
-        for stop in real(self, progress):
-            steps -= 1
-            if steps == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield len(self.stopped)
-
-    monkeypatch.setattr(train.GraphSteps, "train", interrupted)
-
-
 @pytest.mark.parametrize("steps", [  # in an epoch, at its end, in the next
     pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_stopped_and_continued(gpu, settings, groups, tmp_path, monkeypatch, steps):
@@ -135,7 +120,7 @@ def test_stopped_and_continued(gpu, settings, groups, tmp_path, monkeypatch, ste
     all_ = networks(settings)
     whole = as_one(tmp_path / "whole", all_, with_momentum(MLP))
     with monkeypatch.context() as patch:
-        stop_after(patch, steps)
+        interrupted(patch, steps)
         with pytest.raises(SystemExit) as stop:
             as_one(tmp_path / "cut", all_, with_momentum(MLP))
         assert stop.value.code == 128 + signal.SIGTERM
