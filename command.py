@@ -16,8 +16,9 @@ import numpy as np
 import distributed
 import nn
 from figures import plot
+from loop import evaluate
 from together import train_groups
-from train import EXPECTED, Progress, Run, UsageError, evaluate, percent, sweep, sweep_in_processes
+from train import EXPECTED, Progress, Run, UsageError, percent, sweep, sweep_in_processes
 
 
 class Parser(argparse.ArgumentParser):

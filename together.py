@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 import nn
-from train import LOOK_EVERY, GraphSteps, announce, stop_signal
+from loop import GraphSteps
+from train import LOOK_EVERY, announce, stop_signal
 
 
 def stack(models, whole):

@@ -35,8 +35,8 @@ def ours(width):
     import numpy as np
 
     import data
+    import loop
     import nn
-    import train
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (EXAMPLES, 1, 28, 28), np.uint8)
@@ -48,7 +48,7 @@ def ours(width):
     optimizer = nn.SGD(model.parameters(), lr=0.1)
 
     def step():
-        train.train_step(model, optimizer, *next(batches))
+        loop.train_step(model, optimizer, *next(batches))
 
     return step
 
@@ -144,13 +144,13 @@ def training_step(model, batch, side):
     """A function that trains this network for one step on a random batch of images."""
     import numpy as np
 
+    import loop
     import nn
-    import train
 
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((batch, 3, side, side), np.float32), rng.integers(0, 10, batch)
     optimizer = nn.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    return lambda *ranks: train.train_step(model, optimizer, x, y, *ranks)
+    return lambda *ranks: loop.train_step(model, optimizer, x, y, *ranks)
 
 
 def resnet_pytorch(width, memory_format):

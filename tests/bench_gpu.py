@@ -1,7 +1,7 @@
 """The GPU part of bench.py: `python tests/bench.py gpu [--all] [--layers]`.
 
 Ours is a whole step: a batch put together on the card from a data set that lies there, with crops and flips, forward,
-backward, update, as one CUDA graph (train.GraphSteps); "tuned": with cuDNN's plans chosen by time. PyTorch is given the
+backward, update, as one CUDA graph (loop.GraphSteps); "tuned": with cuDNN's plans chosen by time. PyTorch is given the
 same batch each time: "eager" channels_last with autocast, cudnn.benchmark and fused SGD, "compiled" network and loss
 through torch.compile in mode max-autotune. Each is a process of its own that prepares a case, then answers rounds in
 turn with the others. One that fails says why below the row. Ours is deterministic, PyTorch is not.
@@ -127,6 +127,7 @@ class Ours:
         import data
         import exp_resnet_cifar
         import exp_resnet_imagenet
+        import loop
         import nn
         import train
 
@@ -144,7 +145,7 @@ class Ours:
             nn.sparsify(model, sum(exp_resnet_cifar.layer_sizes(case["base"], case["classes"])), seed=0)
         optimizer = experiment.EXPERIMENT.optimizer(settings, model.parameters())
         self.forget()  # what only the beginning needed
-        return train.GraphSteps(settings, dataset, model, optimizer, case["batch"]), train.Progress()
+        return loop.GraphSteps(settings, dataset, model, optimizer, case["batch"]), train.Progress()
 
     def stacked_steps(self, case):
         """The same of the networks of Figure 5 of a width, as one"""
@@ -152,6 +153,7 @@ class Ours:
 
         import data
         import exp_mlp_mnist
+        import loop
         import nn
         import together
         import train
@@ -166,7 +168,7 @@ class Ours:
         whole = together.stack(models, exp_mlp_mnist.build(runs[0], dataset))
         optimizer = exp_mlp_mnist.EXPERIMENT.optimizer(runs[0], whole.parameters())
         optimizer.lr = np.array([run.lr for run in runs])
-        steps = train.GraphSteps(runs[0], dataset, whole, optimizer, 1000, members=runs)
+        steps = loop.GraphSteps(runs[0], dataset, whole, optimizer, 1000, members=runs)
         return steps, together.Progresses([train.Progress() for _ in runs])
 
     def prepare(self, case):
@@ -198,8 +200,8 @@ class Ours:
         """
         import cupy
 
+        import loop
         import nn
-        import train
         from gpu import milliseconds
 
         steps, progress = self.steps(case)
@@ -225,7 +227,7 @@ class Ours:
         feed.batch = recording("batch", first_batch)
         for name in PARTS:
             setattr(nn.gpu, name, recording(name, getattr(nn.gpu, name)))
-        train.train_step(steps.model, steps.optimizer, *feed.batch(case["batch"]))
+        loop.train_step(steps.model, steps.optimizer, *feed.batch(case["batch"]))
         for name in PARTS:
             delattr(nn.gpu, name)
         for p in steps.model.parameters():

@@ -33,6 +33,7 @@ import command  # noqa: E402
 import data  # noqa: E402
 import figures  # noqa: E402
 import files  # noqa: E402
+import loop  # noqa: E402
 import nn  # noqa: E402
 import train  # noqa: E402
 
@@ -183,7 +184,7 @@ def watch(see):
 
 def watch_training(see):
     """The same for steps and batches of an evaluation."""
-    real_step, real_batches = train.train_step, data.Dataset.test_batches
+    real_step, real_batches = loop.train_step, data.Dataset.test_batches
 
     def step(*args):
         see("before step", "")
@@ -197,7 +198,7 @@ def watch_training(see):
             yield batch
         see("after evaluation", "")
 
-    train.train_step, data.Dataset.test_batches = step, batches
+    loop.train_step, data.Dataset.test_batches = step, batches
 
 
 def fork(work, errors=os.devnull):
@@ -395,7 +396,7 @@ def job_download(out):
 
 def job_steps(out, each):
     """Stop after every single step, a hundred times; at each so-manieth go on to the end from a copy made there."""
-    words, seen, real = dict(epochs=25), [], train.train_step
+    words, seen, real = dict(epochs=25), [], loop.train_step
     stop = [False]
 
     def step(model, optimizer, x, labels, *rest):
@@ -404,7 +405,7 @@ def job_steps(out, each):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(model, optimizer, x, labels, *rest)
 
-    train.train_step = step
+    loop.train_step = step
     run_of(out / "uncut", **words).folder.mkdir(parents=True)
     run_of(out / "uncut", **words).train(bar=False)
     uncut, all_steps = remains(out / "uncut"), seen[:]
@@ -648,7 +649,7 @@ def job_sweep(out, processes, locks):
         words[1] = "--save-every=30"
     ended(often(out / "uncut", sweep="many"))
     uncut = remains(out / "uncut")
-    barrier, real_step = multiprocessing.get_context("fork").Barrier(processes), train.train_step
+    barrier, real_step = multiprocessing.get_context("fork").Barrier(processes), loop.train_step
     if locks == "without":
         no_locks()
 
@@ -660,7 +661,7 @@ def job_sweep(out, processes, locks):
         if s.seed in (2, 7) and not (out / f"killed{s.seed}").exists():
             (out / f"killed{s.seed}").touch()
             count = itertools.count(1)
-            train.train_step = lambda *args: die("", "") if next(count) == 5 else real_step(*args)
+            loop.train_step = lambda *args: die("", "") if next(count) == 5 else real_step(*args)
         return TINY.build(s, dataset)
 
     def work():
@@ -814,7 +815,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_a_living_on
 
 def half_done(out, **settings):
     """A run stopped in its second epoch."""
-    run, real, steps = run_of(out, **settings), train.train_step, itertools.count(1)
+    run, real, steps = run_of(out, **settings), loop.train_step, itertools.count(1)
 
     def step(*args):
         if next(steps) == 6:
@@ -822,7 +823,7 @@ def half_done(out, **settings):
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit), run.lock():
-        patch.setattr(train, "train_step", step)
+        patch.setattr(loop, "train_step", step)
         run.train(bar=False)
     return run
 

@@ -28,6 +28,7 @@ import distributed  # noqa: E402
 import exp_mlp_mnist as mlp  # noqa: E402
 import exp_resnet_cifar as resnet  # noqa: E402
 import figures  # noqa: E402
+import loop  # noqa: E402
 import nn  # noqa: E402
 import train  # noqa: E402
 
@@ -92,7 +93,7 @@ def job_gpu(*argv):
 
 def job_slow(*argv, experiment=MLP):
     """An MLP whose steps take a while; each rank leaves its process number in the folder OUT."""
-    out, real = Path(argv[argv.index("--out") + 1]), train.train_step
+    out, real = Path(argv[argv.index("--out") + 1]), loop.train_step
     out.mkdir(parents=True, exist_ok=True)
     (out / f"rank{distributed.world().rank}").write_text(str(os.getpid()))
 
@@ -100,7 +101,7 @@ def job_slow(*argv, experiment=MLP):
         time.sleep(0.01)
         return real(*args)
 
-    train.train_step = step
+    loop.train_step = step
     return command.main(experiment, argv)
 
 
@@ -133,7 +134,7 @@ def job_other_data(*argv):
 
 def job_raises(where, *argv):
     """Rank 1 meets an error while data is loaded, or an unexpected one in a step."""
-    real, rank = train.train_step, distributed.world().rank
+    real, rank = loop.train_step, distributed.world().rank
 
     def load(s):
         if rank == 1 and where == "load":
@@ -145,7 +146,7 @@ def job_raises(where, *argv):
             raise ZeroDivisionError("something unexpected")
         return real(*args)
 
-    train.train_step = step
+    loop.train_step = step
     return command.main(replace(MLP, load=load), argv)
 
 

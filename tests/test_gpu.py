@@ -24,6 +24,7 @@ from simulated_gpu import launches
 import conv
 import data
 import exp_resnet_cifar as resnet
+import loop
 import nn
 import train
 
@@ -813,7 +814,7 @@ def five_steps():
     """(model, optimizer, loss and correct answers of each step) where nn computes"""
     model, optimizer = network()
     x, labels = map(nn.xp.asarray, photographs())
-    return model, optimizer, [[float(n) for n in train.train_step(model, optimizer, x, labels)] for _ in range(5)]
+    return model, optimizer, [[float(n) for n in loop.train_step(model, optimizer, x, labels)] for _ in range(5)]
 
 
 @PRECISIONS
@@ -994,7 +995,7 @@ def test_captured_steps(engine, request, precision):
     engine(precision=precision)
     d = dataset(3, padding=1, flip=True)
     records = []
-    for kind, graph in ((train.GraphSteps, True), (train.GraphSteps, False), (train.Steps, False)):
+    for kind, graph in ((loop.GraphSteps, True), (loop.GraphSteps, False), (loop.Steps, False)):
         model = Small()
         nn.sparsify(model, 300, 0)
         optimizer = nn.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)

@@ -17,6 +17,7 @@ import exp_bottleneck
 import exp_mlp_mnist
 import exp_resnet_cifar
 import exp_resnet_imagenet
+import loop
 import nn
 import train
 
@@ -59,7 +60,7 @@ def state(run):
 
 def interrupted(monkeypatch, steps):
     """SIGTERM to this process after so many steps, counted over all epochs."""
-    real = train.GraphSteps.train
+    real = loop.GraphSteps.train
 
     def steps_until(self, progress):
         nonlocal steps
@@ -69,7 +70,7 @@ def interrupted(monkeypatch, steps):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield len(self.stopped)
 
-    monkeypatch.setattr(train.GraphSteps, "train", steps_until)
+    monkeypatch.setattr(loop.GraphSteps, "train", steps_until)
 
 
 def test_captured_and_uncaptured_steps_give_the_same_bits(gpu, trained, monkeypatch):

@@ -14,6 +14,7 @@ import command
 import data
 import exp_resnet_cifar as resnet
 import figures
+import loop
 import nn
 import train
 
@@ -104,7 +105,7 @@ def test_a_run_that_is_cut_goes_on_bit_for_bit(settings):
     """Weights, masks, velocity, BatchNorm's estimates, order and crops of the images: all go on where they were."""
     whole = contents(trained(settings))
     other = replace(settings, out=settings.out + "-cut", save_every=0.0)
-    run, steps, real = train.Run(resnet.EXPERIMENT, other), [], train.train_step
+    run, steps, real = train.Run(resnet.EXPERIMENT, other), [], loop.train_step
     for cut in (2, 6, 9):  # steps after which the process dies; an epoch has five
 
         def step(*args):
@@ -113,12 +114,12 @@ def test_a_run_that_is_cut_goes_on_bit_for_bit(settings):
             steps.append(1)
             return real(*args)
 
-        train.train_step = step
+        loop.train_step = step
         try:
             with pytest.raises(KeyboardInterrupt), run.lock():
                 run.train(bar=False)
         finally:
-            train.train_step = real
+            loop.train_step = real
     with run.lock():
         run.train(bar=False)
     arrays, log, result = contents(run)

@@ -18,6 +18,7 @@ import command
 import exp_mlp_mnist as mlp
 import figures
 import files
+import loop
 import nn
 import train
 
@@ -105,7 +106,7 @@ def test_recorded_training_loss_and_accuracy_are_means_over_the_epoch(settings):
     """With a learning rate of 0 they are those of the initial network on all 600 images, the last batch smaller."""
     run = trained(replace(settings, epochs=1, lr=0.0, batch=70))
     dataset, model, _, _ = run.prepare()
-    loss, accuracy = train.evaluate(model, dataset.train_batches(600, seed=0, epoch=0))
+    loss, accuracy = loop.evaluate(model, dataset.train_batches(600, seed=0, epoch=0))
     row = next(csv.DictReader(open(run.folder / "log.csv")))
     assert float(row["train_loss"]) == pytest.approx(loss, rel=1e-5)
     assert float(row["train_acc"]) == run.result()["best_train_acc"] == pytest.approx(accuracy, abs=1e-9)
@@ -341,7 +342,7 @@ def test_a_run_that_was_finished_while_we_waited_for_its_lock_is_not_trained_aga
 
 def test_a_stop_during_the_last_evaluation_of_a_run_ends_the_sweep(settings, monkeypatch):
     runs = [train.Run(mlp.EXPERIMENT, replace(settings, seed=i)) for i in range(2)]
-    real, calls = train.evaluate, []
+    real, calls = loop.evaluate, []
 
     def evaluate(*args):
         calls.append(1)
@@ -350,7 +351,7 @@ def test_a_stop_during_the_last_evaluation_of_a_run_ends_the_sweep(settings, mon
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     with pytest.raises(SystemExit) as stop:
         train.sweep(runs, bar=False)
     assert stop.value.code == 143 and [run.done() for run in runs] == [True, False]
