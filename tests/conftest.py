@@ -56,6 +56,8 @@ def pytest_generate_tests(metafunc):
 def computing_on(backend, **options):
     """Compute on this backend: cpu, gpu, or gpu as simulated by simulated_gpu.py. Yields its array module."""
     simulated = backend == "simulated gpu"
+    if options.get("precision") == "bf16":
+        pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
     if simulated:
         if reason := simulated_gpu.available():
             pytest.skip(f"a GPU cannot be simulated: {reason}")

@@ -164,6 +164,7 @@ def perform(gpu, tmp_path, tmp_path_factory):
 
 def test_photographs_come_from_the_host(perform, tmp_path):
     """Batches of a data set that does not lie on the GPU, in half precision, with a smaller batch at the end."""
+    pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
     code, out, err = perform(exp_resnet_imagenet.EXPERIMENT, "--data", "synthetic", "--width", 2, "--base-width", 2,
                              "--size", 32, "--limit", 44, "--held-out", 30, "--epochs", 2, "--batch", 16, "--precision",
                              "bf16")
