@@ -992,7 +992,7 @@ def test_failures_are_recorded_until_the_run_succeeds(tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in what they run in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without
     train.versions()  # asked for once, not by every process
     os.fsync = lambda file: None  # only a loss of power shows whether it is done; that it is asked for is looked at
     print(json.dumps(globals()[f"job_{sys.argv[1]}"](Path(sys.argv[2]), *sys.argv[3:])))
