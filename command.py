@@ -16,7 +16,6 @@ import numpy as np
 import distributed
 import nn
 from figures import plot
-from loop import evaluate
 from together import train_groups
 from train import EXPECTED, Progress, Run, UsageError, percent, sweep, sweep_in_processes
 
@@ -85,7 +84,7 @@ def parse(experiment, argv):
 
 
 def estimate(run, steps=20):
-    """(layer table, seconds, bytes of memory, bytes of disk) of a run, from a few timed steps."""
+    """(layer table, seconds, bytes of memory, the card's on a GPU, bytes of disk) of a run, from a few timed steps."""
     s = run.settings
     dataset, model, optimizer, schedule = run.prepare()
     optimizer.lr = 0  # the estimate must not depend on how training would go
@@ -94,18 +93,17 @@ def estimate(run, steps=20):
     for _ in training.train(progress):  # the preparation of batches counts where it takes longer
         training.read(progress)  # waits for a GPU
         timed.append(-begin + (begin := time.perf_counter()))
-        if len(timed) == steps or len(timed) > 1 and np.sum(timed) > 5:
+        counted = timed[training.slow :]
+        if len(counted) == steps or len(counted) > 1 and np.sum(counted) > 5:
             break
-    begin = time.perf_counter()
-    x, labels = next(dataset.test_batches(run.experiment.test_batch))
-    evaluate(model, [(x, labels)])
-    testing = (time.perf_counter() - begin) * len(dataset.test_labels) / max(1, len(labels))
+    timed = timed[training.slow :] or timed[-1:]
+    testing = training.time_of_evaluation()
     seconds = s.epochs * (float(np.median(timed)) * math.ceil(len(dataset.train_labels) / s.batch) + testing)
     arrays = [*model.state_dict().values(), *optimizer.state_dict().values()]
     table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
              f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
     table.append(f"  {nn.weight_count(model):,} weights in all")
-    return table, seconds, peak_memory(), sum(a.nbytes for a in arrays) + 100 * s.epochs
+    return table, seconds, training.memory() or peak_memory(), sum(a.nbytes for a in arrays) + 100 * s.epochs
 
 
 def peak_memory():
@@ -141,7 +139,8 @@ def dry_run(experiment, runs):
         if len(runs) == 1:
             print(*layers, sep="\n")
     if estimates:
-        print(f"about {duration(total)} in all for one process, which holds {most / 2**20:.0f} MB of memory at most")
+        print(f"about {duration(total)} in all for one process, which holds {most / 2**20:.0f} MB of "
+              f"{'the card' if nn.gpu else 'memory'} at most")
 
 
 def perform(experiment, settings, todo, argv, ranks):

@@ -32,7 +32,7 @@ CHANNELS = 8  # of a block of batch_statistics and gradient_statistics
 PARTS = 64  # parameters updated by one launch: their table is an argument, of which there are 4 KiB
 PART = np.dtype([("w", np.uint64), ("v", np.uint64), ("g", np.uint64), ("mask", np.uint64), ("size", np.int64)])
 ALIGNED = 16  # bytes: where images begin, for cuDNN and for packs
-WORKSPACE = 2**30  # bytes of scratch memory that a plan may ask for
+WORKSPACE = 2**30  # bytes of scratch memory that a plan may ask for, or a sixteenth of the card's
 TRIED = 8  # plans timed for each convolution
 SCALE = 65536.0  # of the loss in fp16, at first
 
@@ -208,7 +208,10 @@ class Engine:
         self.dtype = dtype_of(PRECISIONS[precision])
         self.stream = cupy.cuda.Stream(non_blocking=True)  # the default stream cannot be captured
         self.stream.use()
+        self.limit = max(WORKSPACE, cupy.cuda.runtime.memGetInfo()[1] // 16)  # ImageNet in float32 asks for 3 GiB
         self.graphs, self.workspaces = {}, []
+
+    warm = property(lambda self: Replay.WARM)  # how often captured work is done before it is captured
 
     # ---- images
 
@@ -309,9 +312,10 @@ class Engine:
         graph, tensors = convolution(kind, x, w, y, dtype, stride, padding, self.strict and dtype == "float32",
                                      self.deterministic, handle=self.handle)
         timed = []
-        for number in itertools.islice(plans(graph), TRIED if self.tune else 1):
+        for number in itertools.islice(plans(graph, self.limit), TRIED if self.tune else 1):
             if self.tune:
-                memory = cupy.empty(max(graph.get_workspace_size_plan_at_index(number), 1), np.uint8)
+                # memory of its own: what captured steps take theirs from should not grow for trials
+                memory = cupy.cuda.MemoryPool().malloc(max(graph.get_workspace_size_plan_at_index(number), 1))
                 try:
                     timed.append((milliseconds(lambda: self.execute(graph, tensors, number, arrays, memory)), number))
                 except Exception:  # it can be built, but not run
@@ -328,8 +332,8 @@ class Engine:
         cudnn().set_stream(handle=self.handle, stream=cupy.cuda.get_current_stream().ptr)
         pointers = {tensors[name]: array.data.ptr for name, array in arrays.items()}
         if memory is None:
-            memory = self.workspace(graph.get_workspace_size_plan_at_index(number))
-        graph.execute_plan_at_index(pointers, memory.data.ptr, number, handle=self.handle)
+            memory = self.workspace(graph.get_workspace_size_plan_at_index(number)).data
+        graph.execute_plan_at_index(pointers, memory.ptr, number, handle=self.handle)
 
     @functools.cached_property
     def handle(self):
@@ -492,7 +496,7 @@ class Engine:
         return Replay(self, work, pool, capture)
 
     def pool(self):
-        return cupy.cuda.MemoryPool()
+        return Pool()
 
     def versions(self):
         """What a record of a run on this GPU needs."""
@@ -514,6 +518,7 @@ class Feed:
     def __init__(self, engine, images, labels, scale, shift, padding=0, groups=None):
         self.engine, self.padding, self.groups = engine, padding, groups
         self.images, self.labels = cupy.ascontiguousarray(images), cupy.ascontiguousarray(labels)
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int64), (images.dtype, labels.dtype)
         dtype = real(engine.dtype)
         shape = images.shape[1:]
         self.scale, self.shift = (cupy.ascontiguousarray(cupy.broadcast_to(a, shape).astype(dtype))
@@ -571,6 +576,23 @@ class Inbox:
 # ---------------------------------------------------------------------------------------------- CUDA graphs
 
 
+class Pool:
+    """Memory for captured work. released: how often CuPy, on a full card, gave back what was free in it: graphs that
+    were captured before write there, and have to be captured anew.
+    """
+
+    def __init__(self):
+        self.pool, self.released = cupy.cuda.MemoryPool(), 0
+        self.total_bytes = self.pool.total_bytes
+
+    def malloc(self, size):
+        total, free = self.pool.total_bytes(), self.pool.free_bytes()
+        pointer = self.pool.malloc(size)
+        if self.pool.total_bytes() != total and self.pool.free_bytes() < free:
+            self.released += 1
+        return pointer
+
+
 class Replay:
     """work(), which computes on the GPU alone and needs no argument, as a CUDA graph.
 
@@ -583,9 +605,11 @@ class Replay:
 
     def __init__(self, engine, work, pool, capture=True):
         self.engine, self.work, self.pool, self.capture = engine, work, pool, capture
-        self.calls, self.graph = 0, None
+        self.calls, self.graph, self.released = 0, None, 0
 
     def __call__(self):
+        if self.graph is not None and self.released != self.pool.released:
+            self.calls, self.graph = 0, None
         if self.graph is None:
             with cupy.cuda.using_allocator(self.pool.malloc):
                 if self.calls < self.WARM or not self.capture:
@@ -593,6 +617,7 @@ class Replay:
                     self.work()
                     return
                 self.graph = self.captured()
+                self.released = self.pool.released
         self.graph.launch(self.engine.stream)
 
     def captured(self):
@@ -607,6 +632,9 @@ class Replay:
                     stream.end_capture()
                 raise
             return stream.end_capture()
+        except (RuntimeError, MemoryError) as error:
+            raise conv.EngineError(f"a step could not be captured as a CUDA graph ({reason_of(error)}); "
+                                   "--no-graph does without") from error
         finally:
             if collecting:
                 gc.enable()

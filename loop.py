@@ -1,5 +1,7 @@
 """The inner loop of a run: its training steps and its evaluation, each from Python or, on a GPU, as CUDA graphs."""
 
+import time
+
 import numpy as np
 
 import data
@@ -40,7 +42,11 @@ def evaluate(model, batches, ranks=distributed.Alone(), stopped=()):
 
 
 class Steps:
-    """The steps of a run, each from Python. stopped: fills when the run is told to stop."""
+    """The steps of a run, each from Python. stopped: fills when the run is told to stop. slow: how many steps are at
+    first slower than the others.
+    """
+
+    slow = 0
 
     def __init__(self, settings, dataset, model, optimizer, test_batch, ranks=distributed.Alone(), stopped=()):
         self.settings, self.dataset, self.model, self.optimizer = settings, dataset, model, optimizer
@@ -66,6 +72,17 @@ class Steps:
         batches = self.dataset.test_batches(self.test_batch * self.ranks.size, self.ranks.part)
         return evaluate(self.model, batches, self.ranks, self.stopped)
 
+    def time_of_evaluation(self):
+        """The seconds it takes, from those of a batch."""
+        begin = time.perf_counter()
+        x, labels = next(self.dataset.test_batches(self.test_batch))
+        evaluate(self.model, [(x, labels)])
+        return (time.perf_counter() - begin) * len(self.dataset.test_labels) / max(1, len(labels))
+
+    def memory(self):
+        """Bytes held on a GPU"""
+        return 0
+
 
 class GraphSteps(Steps):
     """The same on a GPU with no Python inside a step: each is one CUDA graph that takes its batch from a data set on
@@ -75,6 +92,7 @@ class GraphSteps(Steps):
 
     def __init__(self, *arguments, members=None):
         super().__init__(*arguments)
+        self.slow = nn.gpu.warm + 1  # compiled, planned and captured by then
         self.members, groups, d = members, members and len(members), self.dataset
         self.pool, self.replays, self.coming = nn.gpu.pool(), {}, {}
         # loss and correct answers, of the epoch and of the test
@@ -124,8 +142,9 @@ class GraphSteps(Steps):
                 yield size
         else:
             for x, labels in d.train_batches(batch, seed, epoch, start) if training else d.test_batches(batch):
-                self.feeds[training].put(x, labels)
-                self.replay(training, len(labels))()
+                if len(labels):  # not all of its photographs are unreadable
+                    self.feeds[training].put(x, labels)
+                    self.replay(training, len(labels))()
                 yield len(labels)
 
     def train(self, progress):
@@ -150,3 +169,14 @@ class GraphSteps(Steps):
             if self.stopped:
                 return None
         return (self.sums[False].get() / max(seen, 1)).tolist()
+
+    def time_of_evaluation(self):
+        if not self.resident:  # far more is decoded than computed, by as many threads as there are
+            return super().time_of_evaluation()
+        for _ in range(2):
+            begin = time.perf_counter()
+            self.evaluate()
+        return time.perf_counter() - begin
+
+    def memory(self):
+        return self.pool.total_bytes() + nn.xp.get_default_memory_pool().total_bytes()

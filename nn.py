@@ -39,15 +39,16 @@ def use_device(device="auto", number=0, **options):
     try:
         import cupy
 
+        count = cupy.cuda.runtime.getDeviceCount()
+        cupy.cuda.Device(number % count).use()  # of one, each process may see another
         (cupy.zeros(1) + 1).sum()  # importing works without a driver, so launch something small
     except Exception as error:  # no cupy, no driver, no device, no compiler: each has its own type
         if device == "gpu":
             reason = str(error).strip().split("\n")[0]
             raise RuntimeError(f"a GPU was asked for but cannot be used: {reason}") from None
         return "cpu"
-    if number >= (count := cupy.cuda.runtime.getDeviceCount()):
+    if number >= count > 1:
         raise RuntimeError(f"process {number + 1} of this machine finds {count} GPUs: start one for each")
-    cupy.cuda.Device(number).use()
     from gpu import Engine
 
     xp, gpu = cupy, Engine(**options)
@@ -404,7 +405,7 @@ def linear(x, w, b=None):
 
     Many networks at once: w (networks, out, in), b (networks, out), x (networks, batch, in).
     """
-    if x.ndim != w.ndim:  # (..., in) -> (batch, in) -> (..., out)
+    if x.ndim != w.ndim and w.ndim == 2:  # (..., in) -> (batch, in) -> (..., out)
         return reshape(linear(reshape(x, -1, x.shape[-1]), w, b), x.shape[:-1] + w.shape[:1])
     density = w.density if isinstance(w, Parameter) and w.ndim == 2 and not gpu else 1
     if density < SPARSE_PRODUCT:
@@ -497,19 +498,19 @@ def conv2d(x, w, stride=1, padding=0):
     """
     conv.output_size(x.shape, w.shape, stride, padding)  # raises ValueError
     engine_ = engine()
-    weights = engine_.weights(w.data)
 
-    def attempt(work, *arrays):
+    def attempt(work, *arguments):
         try:
-            return work(*arrays, stride, padding)
+            return work(*arguments)
         except conv.EngineError as error:
             raise conv.EngineError(f"{getattr(w, 'name', None) or 'a convolution'}: {error}") from None
 
     def pull(g):
-        return (attempt(engine_.input_gradient, g, weights, x.shape) if x.requires_grad else None,
-                attempt(engine_.weight_gradient, g, x.data, w.shape) if w.requires_grad else None)
+        return (attempt(engine_.input_gradient, g, weights, x.shape, stride, padding) if x.requires_grad else None,
+                attempt(engine_.weight_gradient, g, x.data, w.shape, stride, padding) if w.requires_grad else None)
 
-    return result(attempt(engine_.forward, x.data, weights), (x, w), pull)
+    weights = attempt(engine_.weights, w.data)
+    return result(attempt(engine_.forward, x.data, weights, stride, padding), (x, w), pull)
 
 
 class StatisticsError(ValueError):

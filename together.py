@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import nn
 from loop import GraphSteps
-from train import LOOK_EVERY, announce, stop_signal
+from train import EXPECTED, LOOK_EVERY, announce, stop_signal
 
 
 def stack(models, whole):
@@ -175,7 +175,10 @@ def train_group(runs, stopped, sweep):
     for run in runs:
         model = run.experiment.build(run.settings, dataset)
         optimizer = run.experiment.optimizer(run.settings, model.parameters())
-        progress = run.begin(model, optimizer)
+        try:
+            progress = run.begin(model, optimizer)
+        except EXPECTED:  # a damaged checkpoint, which sweep() will record
+            continue
         equally_far.setdefault((progress.epoch, progress.step), []).append((run, (model, optimizer, progress)))
     for members in equally_far.values():
         if not stopped:

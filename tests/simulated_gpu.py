@@ -78,8 +78,8 @@ class Memory:
             bisect.insort(starts, self.ptr)
             memories[self.ptr] = weakref.ref(self)
         self.tally, self.rounded = pool.tally, -(-size // ALIGNMENT) * ALIGNMENT
-        self.tally[0] += self.rounded
-        self.tally[1] = max(self.tally)
+        used, total = self.tally
+        self.tally[:] = used + self.rounded, total if used + self.rounded <= total else total + self.rounded
         if capturing() is not None and pool is not default_pool:
             pool.kept.append(self)  # what a graph works on belongs to its pool, not to the arrays of the capture
 
@@ -136,7 +136,7 @@ class MemoryPool:
     """Counts what is allocated through it. Memory it gave out during a capture stays until free_all_blocks()."""
 
     def __init__(self, allocator=None):
-        self.kept, self.tally = [], [0, 0]  # tally: bytes in use, the most there were
+        self.kept, self.tally = [], [0, 0]  # tally: bytes in use, bytes taken from the card
 
     def malloc(self, size):
         return MemoryPointer(Memory(size, self), 0)
@@ -181,7 +181,7 @@ default_pool = MemoryPool()
 
 @contextmanager
 def using_allocator(allocator=None):
-    local.pools.append(getattr(allocator, "__self__", default_pool))
+    local.pools.append(allocator or default_pool.malloc)
     try:
         yield
     finally:
@@ -192,8 +192,8 @@ def allocate(shape, dtype, strides=None):
     """A device array of NaN (all bits are ones)."""
     dtype = np.dtype(dtype)
     shape = (operator.index(shape),) if not isinstance(shape, (tuple, list)) else tuple(map(operator.index, shape))
-    pool = local.pools[-1] if local.pools else default_pool
-    memory = Memory(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, pool)
+    malloc = local.pools[-1] if local.pools else default_pool.malloc
+    memory = malloc(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize).mem
     return wrap(np.ndarray(shape, dtype, memory.raw, memory.offset, strides), memory, None)
 
 

@@ -175,6 +175,43 @@ def test_photographs_come_from_the_host(perform, tmp_path):
     assert found["config"]["versions"]["precision"] == "bf16"
 
 
+def test_photographs_that_cannot_be_read(gpu):
+    """A test batch of which nothing is left counts for nothing."""
+    gpu(precision="fp32")
+    s = replace(PHOTOS, batch=4)
+    rng = np.random.default_rng(0)
+    x, labels = nn.xp.asarray(rng.standard_normal((4, 3, 32, 32)).astype(np.float32)), nn.xp.asarray(np.arange(4))
+
+    class Photographs:
+        shape = 3, 32, 32
+        test_batches = staticmethod(lambda batch: iter([(x, labels), (x[:0], labels[:0]), (x[:2], labels[:2])]))
+
+    model = exp_resnet_imagenet.ResNet18(2)
+    nn.initialize(model, 0)
+    steps = loop.GraphSteps(s, Photographs(), model, nn.SGD(model.parameters(), 0.1), 4)
+    found = [steps.evaluate() for _ in range(4)]
+    want = loop.evaluate(model, Photographs.test_batches(4))
+    assert found[0] == found[-1] == pytest.approx(want, rel=1e-5)
+
+
+def test_an_estimate_leaves_out_what_is_done_once(perform, monkeypatch):
+    """Compiling, planning and capturing take long, and do not come again."""
+    real, clock = loop.train_step, [0.0]
+
+    def step(*args):
+        clock[0] += 100.0  # from Python: not a replay
+        return real(*args)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    now = command.time.perf_counter
+    monkeypatch.setattr(command.time, "perf_counter", lambda: now() + clock[0])
+    code, out, _ = perform(exp_mlp_mnist.EXPERIMENT, "--dry-run", "--width", 20, "--data", "synthetic", "--limit", 600,
+                           "--held-out", 100, "--epochs", 1)
+    found = out.splitlines()[0]
+    assert code == 0 and " s, " in found and float(found.split("about ")[1].split(" s")[0]) < 60
+    assert "MB of the card at most" in out
+
+
 def test_dry_run_and_figures_on_a_gpu(perform, tmp_path):
     words = "--data", "synthetic", "--limit", 100, "--held-out", 100, "--epochs", 1
     code, out, _ = perform(exp_mlp_mnist.EXPERIMENT, "--dry-run", "--width", 20, *words)

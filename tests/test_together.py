@@ -184,6 +184,17 @@ def test_a_group_that_fails_is_trained_one_by_one(gpu, settings, tmp_path, monke
     assert train.sweep(runs, bar=False) == 0 and all(run.done() for run in runs)
 
 
+def test_a_damaged_checkpoint_is_left_to_the_sweep(gpu, settings, groups, tmp_path):
+    gpu()
+    all_ = networks(settings)[:3]
+    damaged = runs_in(tmp_path, all_)[1]
+    damaged.folder.mkdir(parents=True)
+    (damaged.folder / "checkpoint.npz").write_bytes(b"no archive")
+    runs = as_one(tmp_path, all_)
+    assert groups == [2] and [run.done() for run in runs] == [True, False, True]
+    assert train.sweep(runs, bar=False) == 1 and "cannot be continued" in damaged.status()
+
+
 def test_networks_with_running_estimates_cannot_be_stacked(backend):
     models = [exp_resnet_cifar.ResNet18(2) for _ in range(3)]
     with pytest.raises(ValueError, match="cannot be trained as one"):
