@@ -226,6 +226,7 @@ def main(experiment, argv=None):
         time.sleep(min(ranks.rank, 1) / 2)  # what all ranks fail of, the first says, and that ends the others
     if message and (performing or ranks.rank == 0):
         print(message, file=sys.stderr, flush=True)
+        time.sleep(0.2 if ranks.size > 1 else 0)  # what mpirun has not passed on by then may be lost
     if performing:
         ranks.abort(code)
     return code
