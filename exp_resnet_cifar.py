@@ -44,7 +44,8 @@ class Network(train.Settings):
                             "cosine (to 0 at the end) or constant", choices=("steps", "cosine", "constant"))
     momentum: float = setting(0.9, "of SGD", least=0)
     weight_decay: float = setting(5e-4, "of SGD", least=0)
-    precision: str = setting("tf32", "on a GPU: fp32 without tensor cores, tf32, or images in bf16 or fp16",
+    precision: str = setting("tf32", "on a GPU fp32 without tensor cores, tf32, or images in bf16 or fp16; a CPU has "
+                             "float32 alone",
                              choices=("fp32", "tf32", "bf16", "fp16"))
     deterministic: bool = setting(True, "on a GPU, the same bits each time; else cuDNN may add up in any order",
                                   place=True)
