@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -174,8 +175,8 @@ LIMIT = H100["totalGlobalMem"] // 16
 PLANNED = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16", "float64": "float64"}
 
 
-def convolutions(width, side, imagenet):
-    """{(C, H, W, O, k, stride, padding)} of a ResNet-18 of this width, in float32"""
+def convolutions(network, side):
+    """{(C, H, W, O, k, stride, padding)} of a network for images of this size"""
     found, before = {}, nn.conv2d
 
     def conv2d(x, w, stride=1, padding=0):
@@ -183,14 +184,10 @@ def convolutions(width, side, imagenet):
         found[(*x.shape[1:], len(w), w.shape[2], stride, padding)] = y.shape[2:]
         return y
 
-    if imagenet:
-        from exp_resnet_imagenet import ResNet18
-    else:
-        from exp_resnet_cifar import ResNet18
     nn.conv2d = conv2d
     try:
         with nn.no_grad():
-            ResNet18(width).eval()(nn.Tensor(np.zeros((1, 3, side, side), np.float32)))
+            network.eval()(nn.Tensor(np.zeros((1, 3, side, side), np.float32)))
     finally:
         nn.conv2d = before
     return found
@@ -198,15 +195,21 @@ def convolutions(width, side, imagenet):
 
 def plan_all():
     """Print [shape, first plan, its workspace] of each convolution, or what cuDNN says instead, as JSON."""
+    import exp_bottleneck as bottleneck
+    import exp_resnet_imagenet as imagenet
+
     gpu = module()
     where = {"device_property": gpu.cudnn().create_device_properties(json.dumps(H100))}
-    networks = [(width, 32, False, (128, 80)) for width in (8, 12, 18, 32, 40, 64, 90, 128)]
-    networks += [(width, 224, True, (256,)) for width in (64, 90, 128, 181, 256)]
+    networks = [(resnet.ResNet18(width), 32, (128, 80)) for width in (8, 12, 18, 32, 40, 64, 90, 128)]
+    networks += [(imagenet.ResNet18(width), 224, (256,)) for width in (64, 90, 128, 181, 256)]
+    for kind, base, width in itertools.product(("linear", "nonlinear"), (8, 18), (1.5, 2, 3)):
+        s = bottleneck.Settings(kind=kind, base_width=base, width=int(base * width))
+        networks.append((bottleneck.build(s, types.SimpleNamespace(classes=10)), 32, (128,)))
     found = []
-    for (width, side, imagenet, batches), precision in itertools.product(networks, PLANNED):
-        if precision == "float64" and width != 8:
+    for (network, side, batches), precision in itertools.product(networks, PLANNED):
+        if precision == "float64" and network is not networks[0][0]:
             continue
-        for ((C, H, W, *rest), size), N in itertools.product(convolutions(width, side, imagenet).items(), batches):
+        for ((C, H, W, *rest), size), N in itertools.product(convolutions(network, side).items(), batches):
             O, k, stride, padding = rest
             channels = 4 if C == 3 and precision in ("bf16", "fp16") else C
             shapes = (N, channels, H, W), (O, channels, k, k), (N, O, *size)
