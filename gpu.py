@@ -179,7 +179,7 @@ def plans(graph, limit=WORKSPACE):
 
 
 def described(kind, x, w, y, dtype, stride, padding):
-    return (f"{kind} of images {x}, weights {w}, output {y}, stride {stride}, padding {padding} in {dtype}")
+    return f"{kind} of images {x}, weights {w}, output {y}, stride {stride}, padding {padding} in {dtype}"
 
 
 def milliseconds(work, rounds=5):
@@ -482,7 +482,6 @@ class Engine:
                                                     np.float64(weight_decay), np.int32(nesterov), scaling))
         if tables and scaling is not None:
             kernel("rescale", dtype)((1,), (1,), (scaling,))
-
 
     # ---- whole runs
 

@@ -1009,12 +1009,15 @@ class SGD:
             raise ValueError("nesterov needs a momentum above 0")
         self.params = list(params)
         self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
-        self.velocity = [None] * len(self.params)  # on a CPU flat arrays, of the entries that take part
         self.rate = self.scaling = None  # on a GPU: the learning rate, and in fp16 the state of the loss's scale
         if gpu:
             self.scaling = gpu.scaling()
-            self.velocity = [stored(xp.zeros_like(p.data)) if momentum else None for p in self.params]
+        self.velocity = [self.at_rest(p) for p in self.params]  # on a CPU flat, of the entries that take part
         self.lr = lr
+
+    def at_rest(self, p):
+        """A velocity before the first step: None without momentum, and on a CPU, where it begins with that step."""
+        return stored(xp.zeros_like(p.data)) if gpu and self.momentum else None
 
     @property
     def lr(self):
@@ -1073,14 +1076,13 @@ class SGD:
         for i, p in enumerate(self.params):
             v = state.get(f"velocity.{i}")
             if v is None:
-                self.velocity[i] = stored(xp.zeros_like(p.data)) if gpu and self.momentum else None
+                self.velocity[i] = self.at_rest(p)
                 continue
-            kept = None if p.mask is None else np.flatnonzero(to_host(p.mask))
-            if v.shape not in [(p.size,)] + [a.shape for a in (kept,) if a is not None]:
+            if v.shape not in ((p.size,), (p.count,)):
                 raise ValueError(f"velocity.{i} has shape {v.shape} instead of ({p.size},)")
             if v.size < p.size:  # of the kept entries alone
                 v, part = np.zeros(p.size, v.dtype), v
-                v[kept] = part
+                v[np.flatnonzero(to_host(p.mask))] = part
             if gpu:
                 self.velocity[i] = stored(xp.asarray(v.reshape(p.shape), dtype=p.dtype))
             else:

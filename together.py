@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import nn
 from loop import GraphSteps
-from train import EXPECTED, LOOK_EVERY, announce, stop_signal
+from train import EXPECTED, LOOK_EVERY, announce, how_to_go_on, progress_bar, stop_signal
 
 
 def stack(models, whole):
@@ -106,15 +106,13 @@ class Group:
 
     def stop(self):
         self.save()
-        tqdm.write(f"stopped in epoch {self.progress.epoch + 1}; the same command goes on from here", sys.stderr)
+        tqdm.write(how_to_go_on(self.progress), sys.stderr)
         raise SystemExit(128 + self.stopped[0])
 
     def train(self):
         """Train to the end; SystemExit, with everything saved, if told to stop."""
         s, progress = self.runs[0].settings, self.progress
-        count = -(-len(self.steps.dataset.train_labels) // s.batch)
-        bar = tqdm(total=s.epochs * count, initial=progress.epoch * count + progress.step, unit="step", disable=None,
-                   mininterval=0.5, desc=f"{len(self.runs)} networks")
+        bar = progress_bar(s, self.steps.dataset, progress, disable=None, desc=f"{len(self.runs)} networks")
         looked = saved = time.monotonic()
         with bar, np.errstate(over="ignore", invalid="ignore"):
             while self.unfinished and progress.epoch < s.epochs:
@@ -131,9 +129,9 @@ class Group:
                             saved = time.monotonic()
                 looked = self.look(looked)
                 found = self.steps.evaluate()
-                looked = self.look(looked) if found else looked
                 if not found:
                     self.stop()
+                looked = self.look(looked)
                 progress.end_epoch(self.rates(), *found)
             self.save()
             for i in list(self.unfinished):

@@ -290,9 +290,7 @@ class Run:
                                   dataset.test_labels)
             self.check_same_network("before training", model)
             steps = self.steps(dataset, model, optimizer, stopped)
-            count = math.ceil(len(dataset.train_labels) / s.batch)
-            bar = tqdm(total=s.epochs * count, initial=progress.epoch * count + progress.step, unit="step",
-                       disable=None if bar and self.ranks.rank == 0 else True, mininterval=0.5)
+            bar = progress_bar(s, dataset, progress, disable=None if bar and self.ranks.rank == 0 else True)
             finite, self.saved = True, time.monotonic()
             # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
             with bar, np.errstate(over="ignore", invalid="ignore"):
@@ -368,7 +366,7 @@ class Run:
     def stop(self, model, optimizer, progress, stopped):
         """Save and end the process, as it was asked to."""
         self.save_checkpoint(model, optimizer, progress)
-        self.say(f"stopped in epoch {progress.epoch + 1}; the same command goes on from here", sys.stderr)
+        self.say(how_to_go_on(progress), sys.stderr)
         self.ranks.broadcast(None)  # no rank ends before the first has saved
         raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
 
@@ -520,6 +518,17 @@ def stop_signal():
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+def how_to_go_on(progress):
+    return f"stopped in epoch {progress.epoch + 1}; the same command goes on from here"
+
+
+def progress_bar(settings, dataset, progress, **options):
+    """The bar of a run over all its steps, from where it is."""
+    steps = math.ceil(len(dataset.train_labels) / settings.batch)  # an epoch
+    return tqdm(total=settings.epochs * steps, initial=progress.epoch * steps + progress.step, unit="step",
+                mininterval=0.5, **options)
 
 
 def percent(fraction):

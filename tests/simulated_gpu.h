@@ -19,10 +19,7 @@
 
 #define __global__ static
 #define __device__
-#define __host__
-#define __constant__ static
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((used, section("simulated_shared")))
@@ -33,24 +30,11 @@ struct dim3 { unsigned x, y, z; };
 static uint3 threadIdx, blockIdx;
 static dim3 blockDim, gridDim;
 
-#define VECTORS(T, name)                                                                                    \
-    struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                                      \
-    struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; };                      \
-    static inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                       \
-    static inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-VECTORS(unsigned char, uchar)
-VECTORS(unsigned short, ushort)
-VECTORS(int, int)
-VECTORS(unsigned, uint)
-VECTORS(float, float)
-VECTORS(double, double)
-
 using std::isfinite;
 using std::isinf;
 using std::isnan;
 template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
-template <class T> static inline T __ldg(const T *p) { return *p; }
 template <class T> static inline T atomicAdd(T *p, T x) { T before = *p; *p += x; return before; }
 
 template <class To, class From> static inline To same_bits(From x) {
@@ -59,27 +43,11 @@ template <class To, class From> static inline To same_bits(From x) {
     memcpy(&y, &x, sizeof y);
     return y;
 }
-static inline int __float_as_int(float x) { return same_bits<int>(x); }
-static inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
-static inline float __int_as_float(int x) { return same_bits<float>(x); }
-static inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
-static inline long long __double_as_longlong(double x) { return same_bits<long long>(x); }
-static inline double __longlong_as_double(long long x) { return same_bits<double>(x); }
 
 static inline float __fadd_rn(float a, float b) { return a + b; }
-static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fdiv_rn(float a, float b) { return a / b; }
-static inline float __fsqrt_rn(float a) { return sqrtf(a); }
-static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static inline double __dadd_rn(double a, double b) { return a + b; }
-static inline double __dsub_rn(double a, double b) { return a - b; }
 static inline double __dmul_rn(double a, double b) { return a * b; }
-static inline double __ddiv_rn(double a, double b) { return a / b; }
-static inline double __dsqrt_rn(double a) { return sqrt(a); }
-static inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
-static inline float rsqrtf(float a) { return 1 / sqrtf(a); }
-static inline double rsqrt(double a) { return 1 / sqrt(a); }
 
 // float16 as its bits, rounded to nearest even.
 static inline unsigned short float_to_half(float x) { return same_bits<unsigned short>((_Float16)x); }
