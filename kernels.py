@@ -14,18 +14,16 @@ All functions take and return NumPy arrays, or CuPy arrays when given those.
 """
 
 import math
-import os
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+
+from engines import host
 
 BLOCK = 1 << 17  # entries of a work array: a few of them in float64 stay in a core's cache
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def array_module(*arrays):
@@ -43,10 +41,7 @@ def in_threads(work, items):
 
     The BLAS gets one thread meanwhile, since its own threads, waiting, take the cores from ours (2.5 times the time).
     """
-    if CORES == 1 or len(items) < 2:
-        return [work(i) for i in items]
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(CORES) as pool:
-        return list(pool.map(work, items))
+    return host.each(work, items) if len(items) > 1 else [work(i) for i in items]
 
 
 def check_density(density):

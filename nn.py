@@ -2,7 +2,7 @@
 
 Everything that the experiments of "Are wider nets better given the same number of parameters?"
 (Golubeva, Neyshabur, Gur-Ari, ICLR 2021, arXiv 2010.14495) need of a deep-learning framework, in reading
-order: arrays, Tensor, operations, layers, masks (Appendix B of the paper), optimiser.
+order: the engine, Tensor, operations, layers, masks (Appendix B of the paper), optimiser.
 
     model = Sequential(Flatten(), Linear(784, 80), ReLU(), Linear(80, 10))
     sparsify(model, budget=3970, seed=0)              # 3,970 of 63,520 weights stay, the others are zero for good
@@ -16,24 +16,25 @@ from contextlib import contextmanager
 
 import numpy as np
 
-import conv
+import engines.cpu
+from engines import EngineError, output_size, pool_size
 
-# ---------------------------------------------------------------------------------------------- arrays
+# ---------------------------------------------------------------------------------------------- the engine
 
-xp = np  # the array module of every operation below: numpy, or cupy after use_device("gpu")
-gpu = None  # after that what cupy itself cannot do, or not fast: a gpu.Engine
+engine = engines.cpu.Engine()  # what computes; see engines/__init__.py
+xp = engine.xp  # its array module: numpy, or cupy after use_device("gpu")
 
 
 def use_device(device="auto", number=0, **options):
-    """Choose where new arrays live: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
+    """Choose what computes: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
 
-    number: of the machine's GPUs. options: precision, deterministic and tune of gpu.Engine, if it is a GPU. Call it
-    before anything is built. Raises RuntimeError when a GPU is asked for and cannot be used.
+    number: of the machine's GPUs. options of a GPU's engine: precision, deterministic, tune, capture. Call it before
+    anything is built. Raises RuntimeError when a GPU is asked for and cannot be used.
     """
-    global xp, gpu
+    global engine, xp
     if device not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device is 'auto', 'cpu' or 'gpu', not {device!r}")
-    xp, gpu = np, None
+    engine, xp = engines.cpu.Engine(), np
     if device == "cpu":
         return "cpu"
     try:
@@ -49,22 +50,25 @@ def use_device(device="auto", number=0, **options):
         return "cpu"
     if number >= count > 1:
         raise RuntimeError(f"process {number + 1} of this machine finds {count} GPUs: start one for each")
-    from gpu import Engine
+    from engines.gpu import Engine
 
-    xp, gpu = cupy, Engine(**options)
+    engine = Engine(**options)
+    xp = engine.xp
     return "gpu"
 
 
 def to_host(array):
     """The same values as a NumPy array."""
-    return array if isinstance(array, np.ndarray) else array.get()
+    return engine.to_host(array)
 
 
-def gather(array, rows, out):
-    """array[rows] written into out; rows must be valid indices."""
-    if xp is np:
-        return array.take(rows, axis=0, out=out, mode="clip")  # clip: no bounds check and no hidden copy
-    return array.take(rows, axis=0, out=out)
+def compiled(function):
+    """A function of arrays that does what this one does; on a GPU, after a few calls, as one CUDA graph.
+
+    Then nothing in it may depend on anything but the contents, addresses and shapes of its arguments and on arrays
+    that it changes in place; what it returns is overwritten by the next call.
+    """
+    return engine.compiled(function)
 
 
 def generator(seed, *key):
@@ -84,11 +88,11 @@ class Tensor:
 
     data: the array; its dtype is kept (Python numbers and lists become float32).
     grad: d(loss)/d(data) after backward(), an array of data's shape; only on leaves that require it.
-    parents, pull: the tensors it was computed from, and the function that takes the gradient of the loss
+    parents, vjp: the tensors it was computed from, and the function that takes the gradient of the loss
         with respect to data to a tuple of gradients, one for each parent (None: that parent needs none).
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "parents", "pull")
+    __slots__ = ("data", "grad", "requires_grad", "parents", "vjp")
     __array_ufunc__ = None  # array + Tensor is Tensor.__radd__, not an array of Tensors
     recording = True  # False inside no_grad()
 
@@ -99,7 +103,7 @@ class Tensor:
         self.grad = None
         self.requires_grad = requires_grad
         self.parents = ()
-        self.pull = None
+        self.vjp = None
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -121,7 +125,7 @@ class Tensor:
 
         The graph is consumed: what a node kept for its gradient is freed as soon as it was used.
         """
-        if self.pull is None:
+        if self.vjp is None:
             raise ValueError("backward() on a tensor that no gradient can reach: nothing it was computed from "
                              "requires one, or its graph was used up by an earlier backward()")
         if grad is None:
@@ -133,34 +137,31 @@ class Tensor:
         while order:
             node = order.pop()  # off the list, so that its data is freed once no other node needs it
             g = grads.pop(id(node))
-            for parent, dp in zip(node.parents, node.pull(g)):
+            for parent, dp in zip(node.parents, node.vjp(g)):
                 if dp is None or not parent.requires_grad:
                     continue
-                if parent.pull is None:  # a leaf owns its gradient: copy what is a view or went through unchanged
+                if parent.vjp is None:  # a leaf owns its gradient: copy what is a view or went through unchanged
                     parent.accumulate(dp.copy() if dp is g or dp.base is not None else dp)
                     continue
                 assert dp.shape == parent.shape, f"gradient of shape {dp.shape} for data of shape {parent.shape}"
-                seen = grads.get(id(parent))
-                images = seen is not None and dp.ndim == 4
-                grads[id(parent)] = dp if seen is None else engine().add(seen, dp) if images else seen + dp
-            node.parents, node.pull = (), None
+                grads[id(parent)] = engine.add(grads[id(parent)], dp) if id(parent) in grads else dp
+            node.parents, node.vjp = (), None
 
     def accumulate(self, g):
         """Add g, an array that nothing else holds, to .grad."""
         assert g.shape == self.shape, f"gradient of shape {g.shape} for data of shape {self.shape}"
-        self.grad = xp.asarray(g if self.grad is None else self.grad + g)  # NumPy's sum to shape () is no array
+        self.grad = xp.asarray(g) if self.grad is None else engine.add(self.grad, g)
 
     # Operators and methods; the operations themselves are the functions below.
     def __add__(self, other): return add(self, other)
     def __radd__(self, other): return add(other, self)
-    def __sub__(self, other): return add(self, neg(as_tensor(other, self)))
+    def __sub__(self, other): return add(self, -other)
     def __rsub__(self, other): return add(other, neg(self))
     def __mul__(self, other): return mul(self, other)
     def __rmul__(self, other): return mul(other, self)
     def __truediv__(self, other): return div(self, other)
     def __rtruediv__(self, other): return div(other, self)
     def __pow__(self, other): return power(self, other)
-    def __rpow__(self, other): return power(other, self)
     def __matmul__(self, other): return matmul(self, other)
     def __rmatmul__(self, other): return matmul(other, self)
     def __neg__(self): return neg(self)
@@ -170,7 +171,6 @@ class Tensor:
     def relu(self): return relu(self)
     def sum(self, axis=None, keepdims=False): return sum(self, axis, keepdims)
     def mean(self, axis=None, keepdims=False): return mean(self, axis, keepdims)
-    def max(self, axis=None, keepdims=False): return max(self, axis, keepdims)
     def reshape(self, *shape): return reshape(self, *shape)
     def transpose(self, *axes): return transpose(self, *axes)
 
@@ -180,7 +180,7 @@ def topological_order(root):
     order, done, stack = [], set(), [root]
     while stack:
         node = stack[-1]
-        waiting = [p for p in node.parents if p.pull is not None and id(p) not in done]
+        waiting = [p for p in node.parents if p.vjp is not None and id(p) not in done]
         if waiting and id(node) not in done:
             stack.extend(waiting)
             continue
@@ -201,18 +201,11 @@ def no_grad():
         Tensor.recording = before
 
 
-def as_tensor(value, like):
-    """value as a Tensor; a number takes the dtype of `like`, so that 0.1 * x stays as precise as x."""
-    if isinstance(value, Tensor):
-        return value
-    return Tensor(value if hasattr(value, "dtype") else xp.asarray(value, dtype=like.data.dtype))
-
-
-def result(data, parents, pull):
-    """The Tensor that an operation returns; it remembers parents and pull only if a gradient can flow."""
+def result(data, parents, vjp):
+    """The Tensor that an operation returns; it remembers parents and vjp only if a gradient can flow."""
     out = Tensor(data)
     if Tensor.recording and any([p.requires_grad for p in parents]):
-        out.requires_grad, out.parents, out.pull = True, parents, pull
+        out.requires_grad, out.parents, out.vjp = True, parents, vjp
     return out
 
 
@@ -226,13 +219,18 @@ def unbroadcast(g, shape):
 
 
 def operands(x, y):
-    x = x if isinstance(x, Tensor) else as_tensor(x, y)
-    return x, y if isinstance(y, Tensor) else as_tensor(y, x)
+    """Both as Tensors; a number takes the other's dtype, so that 0.1 * x stays as precise as x."""
+    def tensor(value, other):
+        if isinstance(value, Tensor):
+            return value
+        return Tensor(value if hasattr(value, "dtype") else xp.asarray(value, dtype=other.dtype))
+
+    return tensor(x, y), tensor(y, x)
 
 
 # ---------------------------------------------------------------------------------------------- operations
-# Each returns a Tensor; g is the gradient of the loss with respect to it. In this module `sum` and `max` are the
-# operations below, not Python's.
+# Each returns a Tensor; g is the gradient of the loss with respect to it. In this module `sum` is the operation
+# below, not Python's.
 
 
 def add(x, y):
@@ -247,11 +245,11 @@ def mul(x, y):
         return result(x.data * y, (x,), lambda g: (g * y,))
     x, y = operands(x, y)
 
-    def pull(g):
+    def vjp(g):
         return (unbroadcast(g * y.data, x.shape) if x.requires_grad else None,
                 unbroadcast(g * x.data, y.shape) if y.requires_grad else None)
 
-    return result(x.data * y.data, (x, y), pull)
+    return result(x.data * y.data, (x, y), vjp)
 
 
 def div(x, y):
@@ -259,11 +257,11 @@ def div(x, y):
     x, y = operands(x, y)
     out = x.data / y.data
 
-    def pull(g):
+    def vjp(g):
         dx = g / y.data
         return unbroadcast(dx, x.shape), unbroadcast(-dx * out, y.shape) if y.requires_grad else None
 
-    return result(out, (x, y), pull)
+    return result(out, (x, y), vjp)
 
 
 def neg(x):
@@ -271,22 +269,9 @@ def neg(x):
     return result(-x.data, (x,), lambda g: (-g,))
 
 
-def power(x, y):
-    """x^y:  dx = g y x^(y-1), dy = g x^y log x; both are 0 where the limit is (y = 0; x = 0 and y > 0)"""
-    x, y = operands(x, y)
-    out = x.data ** y.data
-
-    def pull(g):
-        dx = dy = None
-        if x.requires_grad:
-            exponent = xp.where(y.data == 0, 1, y.data - 1)  # y = 0: avoid 0 * 0^-1
-            dx = unbroadcast(g * y.data * x.data ** exponent, x.shape)
-        if y.requires_grad:
-            logarithm = xp.log(xp.where((x.data == 0) & (y.data >= 0), 1, x.data))
-            dy = unbroadcast(g * out * logarithm, y.shape)
-        return dx, dy
-
-    return result(out, (x, y), pull)
+def power(x, n):
+    """x^n for a number n:  dx = g n x^(n-1)"""
+    return result(x.data ** n, (x,), lambda g: (g * n * x.data ** (n - 1 if n else 0),))  # not 0^-1 for n = 0
 
 
 def exp(x):
@@ -310,30 +295,17 @@ def sum(x, axis=None, keepdims=False):
     """Sum over axis:  dx = g, repeated along axis"""
     out = x.data.sum(axis=axis, keepdims=keepdims)
 
-    def pull(g):
+    def vjp(g):
         g = g if axis is None or keepdims else xp.expand_dims(g, axis)
         return (xp.broadcast_to(g, x.shape),)
 
-    return result(out, (x,), pull)
+    return result(out, (x,), vjp)
 
 
 def mean(x, axis=None, keepdims=False):
     """Mean over axis:  dx = g / n, repeated along axis"""
     total = sum(x, axis, keepdims)
     return total * (total.size / x.size)
-
-
-def max(x, axis=None, keepdims=False):
-    """Largest entry over axis:  dx = g there, shared equally among ties"""
-    top = x.data.max(axis=axis, keepdims=True)
-    out = top if keepdims else xp.squeeze(top, axis=axis)
-
-    def pull(g):
-        g = g if axis is None or keepdims else xp.expand_dims(g, axis)
-        where = x.data == top
-        return (g * where / where.sum(axis=axis, keepdims=True).astype(x.dtype),)
-
-    return result(out, (x,), pull)
 
 
 def reshape(x, *shape):
@@ -354,7 +326,7 @@ def getitem(x, index):
     basic = all(isinstance(i, (int, slice, type(None), type(Ellipsis)))
                 for i in (index if isinstance(index, tuple) else (index,)))
 
-    def pull(g):
+    def vjp(g):
         dx = xp.zeros_like(x.data)
         if basic:
             dx[index] = g
@@ -362,7 +334,7 @@ def getitem(x, index):
             xp.add.at(dx, index, g)
         return (dx,)
 
-    return result(x.data[index], (x,), pull)
+    return result(x.data[index], (x,), vjp)
 
 
 def matmul(x, y):
@@ -377,101 +349,36 @@ def matmul(x, y):
         out = matmul(x, reshape(y, -1, 1))  # (..., m, 1)
         return reshape(out, out.shape[:-1])
 
-    def pull(g):
+    def vjp(g):
         return (unbroadcast(g @ y.data.swapaxes(-1, -2), x.shape) if x.requires_grad else None,
                 unbroadcast(x.data.swapaxes(-1, -2) @ g, y.shape) if y.requires_grad else None)
 
-    return result(x.data @ y.data, (x, y), pull)
-
-
-# Below these densities of a masked weight, touching only its kept entries is faster than the dense product.
-# Measured with OpenBLAS on one thread, batch 100: a kept weight costs 0.16 ns an example in the CSR product and
-# 0.5 ns in its gradient, an entry of a dense product 0.018 and 0.014 ns.
-SPARSE_PRODUCT, SPARSE_GRADIENT = 1 / 12, 1 / 36
-
-
-def product(a, b, bias=None):
-    """a (.., M, K) @ b (.., K, N) + bias (.., N), arrays with at most one leading axis"""
-    if gpu:
-        return gpu.product(a, b, bias)
-    out = a @ b
-    if bias is not None:
-        out += bias if bias.ndim == 1 else bias[:, None]
-    return out
+    return result(x.data @ y.data, (x, y), vjp)
 
 
 def linear(x, w, b=None):
-    """y = x w^T + b for x (..., in), w (out, in), b (out,):  dx = g w, dw = g^T x, db = sum of g
-
-    Many networks at once: w (networks, out, in), b (networks, out), x (networks, batch, in).
-    """
-    if x.ndim != w.ndim and w.ndim == 2:  # (..., in) -> (batch, in) -> (..., out)
+    """y = x w^T + b for x (..., in), w (out, in), b (out,):  dx = g w, dw = g^T x, db = sum of g"""
+    if x.ndim != 2:  # (..., in) -> (batch, in) -> (..., out)
         return reshape(linear(reshape(x, -1, x.shape[-1]), w, b), x.shape[:-1] + w.shape[:1])
-    density = w.density if isinstance(w, Parameter) and w.ndim == 2 and not gpu else 1
-    if density < SPARSE_PRODUCT:
-        xT = xp.ascontiguousarray(x.data.T)  # (in, batch): one contiguous row for each input
-        out = (w.csr() @ xT).T  # (batch, out), stored as (out, batch)
-        if b is not None:
-            out += b.data
-    else:
-        out = product(x.data, w.data.swapaxes(-1, -2), None if b is None else b.data)
-
-    def pull(g):
-        dx = dw = db = None
-        if x.requires_grad:
-            # The product in the order in which x is stored, so that what follows runs along memory.
-            contiguous = x.data.flags.c_contiguous
-            dx = product(g, w.data) if contiguous else product(w.data.swapaxes(-1, -2), g.swapaxes(-1, -2))
-            dx = dx if contiguous else dx.swapaxes(-1, -2)
-        if w.requires_grad:
-            if density < SPARSE_GRADIENT:
-                rows, columns = np.divmod(w.kept, w.shape[1])
-                gT = np.ascontiguousarray(g.T)  # (out, batch)
-                dw = np.vecdot(gT.take(rows, 0), xT.take(columns, 0))  # (kept,)
-            else:
-                dw = product(g.swapaxes(-1, -2), x.data)
-        if b is not None and b.requires_grad:
-            db = g.sum(axis=-2)
-        return (dx, dw, db)[: len(parents)]
-
     parents = (x, w) if b is None else (x, w, b)
-    return result(out, parents, pull)
+    pattern, bias = getattr(w, "pattern", None), None if b is None else b.data
+    out, saved = engine.linear(x.data, w.data, bias, pattern)
+
+    def vjp(g):
+        wanted = x.requires_grad, w.requires_grad, b is not None and b.requires_grad
+        return engine.linear_gradients(g, x.data, w.data, bias, pattern, saved, wanted)
+
+    return result(out, parents, vjp)
 
 
 def classify(logits, labels):
-    """(cross_entropy(logits, labels), its sum over the batch in float64, the number of correct answers).
-
-    Many networks at once: logits (networks, N, classes), labels (networks, N); everything (networks,) then.
-    """
-    if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1]:
+    """(cross_entropy(logits, labels), sums): of the loss over the batch and of correct answers, an array (2,)."""
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"cross_entropy takes logits (N, classes) and labels (N,), "
                          f"not {logits.shape} and {labels.shape}")
-    N = logits.shape[-2]
-    if gpu:
-        wanted = Tensor.recording and logits.requires_grad
-        loss, dlogits, sums = gpu.cross_entropy(logits.data, labels, wanted)
-        loss_sum, correct = sums[..., 0], sums[..., 1]
-    else:
-        rows = labels.reshape(-1)  # (networks N,)
-        columns = np.arange(len(rows))
-        correct = (logits.data.argmax(axis=-1) == labels).sum(axis=-1)
-        # (classes, networks N): reductions over classes then run along memory
-        z = np.ascontiguousarray(logits.data.reshape(len(rows), -1).T)
-        z -= z.max(axis=0)
-        p = np.exp(z)
-        total = p.sum(axis=0)
-        loss = (np.log(total) - z[rows, columns]).reshape(labels.shape).mean(axis=-1)
-        loss_sum = loss.astype(np.float64) * N
-
-    def pull(g):
-        if gpu:
-            return (dlogits * g[..., None, None],)
-        dz = p / total
-        dz[rows, columns] -= 1
-        dz *= np.repeat(g / N, N) if labels.ndim == 2 else g / N
-        return (dz.T.reshape(logits.shape),)
-
-    return result(loss, (logits,), pull), loss_sum, correct
+    wanted = Tensor.recording and logits.requires_grad
+    loss, sums, saved = engine.cross_entropy(logits.data, labels, wanted)
+    return result(loss, (logits,), lambda g: (engine.cross_entropy_gradient(g, saved),)), sums
 
 
 def cross_entropy(logits, labels):
@@ -485,32 +392,28 @@ def cross_entropy(logits, labels):
 # ---------------------------------------------------------------------------------------------- images
 
 
-def engine():
-    """What works on images in arrays of xp."""
-    return gpu or conv
-
-
 def conv2d(x, w, stride=1, padding=0):
     """y[n,o,i,j] = sum over c,k,l of w[o,c,k,l] x[n,c, stride i + k - padding, stride j + l - padding]
 
     x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W'), H' = (H + 2 padding - kh) // stride + 1. Raises ValueError for
-    shapes that do not fit. The gradients are convolutions too: see conv.py.
+    shapes that do not fit. The gradients are convolutions too: see engines/convolution.py.
     """
-    conv.output_size(x.shape, w.shape, stride, padding)  # raises ValueError
-    engine_ = engine()
+    output_size(x.shape, w.shape, stride, padding)  # raises ValueError
 
     def attempt(work, *arguments):
         try:
             return work(*arguments)
-        except conv.EngineError as error:
-            raise conv.EngineError(f"{getattr(w, 'name', None) or 'a convolution'}: {error}") from None
+        except EngineError as error:
+            raise EngineError(f"{getattr(w, 'name', None) or 'a convolution'}: {error}") from None
 
-    def pull(g):
-        return (attempt(engine_.input_gradient, g, weights, x.shape, stride, padding) if x.requires_grad else None,
-                attempt(engine_.weight_gradient, g, x.data, w.shape, stride, padding) if w.requires_grad else None)
+    weights = attempt(engine.weights, w.data)
+    out = attempt(engine.conv, x.data, weights, stride, padding)
 
-    weights = attempt(engine_.weights, w.data)
-    return result(attempt(engine_.forward, x.data, weights, stride, padding), (x, w), pull)
+    def vjp(g):
+        return (attempt(engine.conv_input_gradient, g, weights, x.shape, stride, padding) if x.requires_grad else None,
+                attempt(engine.conv_weight_gradient, g, x.data, w.shape, stride, padding) if w.requires_grad else None)
+
+    return result(out, (x, w), vjp)
 
 
 class StatisticsError(ValueError):
@@ -524,7 +427,6 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
     variance by `momentum`, in place. Otherwise the running estimates are used. As in PyTorch.
     With add (N, C, H, W) and relu, the end of a residual block is one pass over the images instead of three.
     """
-    engine_ = engine()
     if x.ndim != 4 or x.shape[1] != len(running_mean) or add is not None and add.shape != x.shape:
         raise ValueError(f"batch_norm of {len(running_mean)} channels takes images (N, {len(running_mean)}, H, W), "
                          f"not {x.shape}" + (f", and as many to add, not {add.shape}" if add is not None else ""))
@@ -532,104 +434,32 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
         raise StatisticsError(f"batch_norm needs more than one value for each channel to train, not images of "
                               f"{x.shape}: choose another --batch or --limit, or fewer processes, so that "
                               "none has a single image of a batch")
-    out, saved = engine_.batch_norm(x.data, weight.data, bias.data, running_mean, running_var, training, momentum, eps,
-                                    None if add is None else add.data, relu)
+    out, saved = engine.batch_norm(x.data, weight.data, bias.data, running_mean, running_var, training, momentum, eps,
+                                   None if add is None else add.data, relu)
     positive = out if relu else None
 
-    def pull(g):
+    def vjp(g):
         separate = add is not None and add.requires_grad
-        dx, *rest = engine_.batch_norm_backward(g, x.data, positive, weight.data, saved, training, separate)
-        return dx if x.requires_grad else None, *rest[: len(parents) - 1]
+        return engine.batch_norm_gradients(g, x.data, positive, weight.data, saved, training, separate)
 
     parents = (x, weight, bias) if add is None else (x, weight, bias, add)
-    return result(out, parents, pull)
-
-
-def windows(x, size, stride, padding=0, outside=0):
-    """size^2 views of x (N, C, H, W): the entry (i, j) of every window; and the padded array that they look into."""
-    check_windows(x, size, stride, padding)
-    N, C, H, W = x.shape
-    if padding:
-        full = xp.full((H + 2 * padding, C, W + 2 * padding, N), outside, x.dtype).transpose(3, 1, 0, 2)
-        full[:, :, padding : padding + H, padding : padding + W] = x
-        x = full
-    h, w = ((n - size) // stride * stride + 1 for n in x.shape[2:])
-    return [x[:, :, i : i + h : stride, j : j + w : stride] for i in range(size) for j in range(size)], x
-
-
-def check_windows(x, size, stride, padding):
-    """ValueError unless there are windows of this size in x (N, C, H, W)."""
-    if size < 1 or stride < 1 or not 0 <= padding <= size // 2 or min(x.shape[2:]) + 2 * padding < size:
-        raise ValueError(f"windows of {size}x{size} with stride {stride} and padding {padding} "
-                         f"do not fit images of {x.shape[2]}x{x.shape[3]}")
-
-
-def avg_pool2d(x, size, stride=None, padding=0):
-    """Mean over windows of size x size, padding counted as zeros:  dx = g / size^2, summed over windows"""
-    stride = size if stride is None else stride
-    views, _ = windows(x.data, size, stride, padding)
-    out = views[0].copy("K")
-    for view in views[1:]:
-        out += view
-    out *= 1 / size**2
-
-    def pull(g):
-        dx = xp.zeros_like(x.data)
-        views, full = windows(dx, size, stride, padding)
-        for view in views:
-            view += g * (1 / size**2)
-        return (inside(full, dx.shape, padding),)
-
-    return result(out, (x,), pull)
-
-
-def inside(full, shape, padding):
-    return full[:, :, padding : padding + shape[2], padding : padding + shape[3]]
+    return result(out, parents, vjp)
 
 
 def max_pool2d(x, size, stride=None, padding=0):
     """Largest entry of windows of size x size:  dx = g there, to the first of equals as in PyTorch"""
     stride = size if stride is None else stride
-    if gpu:
-        check_windows(x, size, stride, padding)
-        out, which = gpu.max_pool(x.data, size, stride, padding)
-        return result(out, (x,), lambda g: (gpu.max_pool_gradient(g, which, x.shape, size, stride, padding),))
-    views, _ = windows(x.data, size, stride, padding, -math.inf)
-    out = views[0].copy("K")
-    for view in views[1:]:
-        xp.maximum(out, view, out=out)
-
-    def pull(g):
-        views, _ = windows(x.data, size, stride, padding, -math.inf)
-        targets, full = windows(xp.zeros_like(x.data), size, stride, padding)
-        waiting = xp.ones(out.shape, bool)
-        for view, target in zip(views, targets):
-            here = waiting & (view == out)
-            waiting &= ~here
-            target += g * here
-        return (inside(full, x.shape, padding),)
-
-    return result(out, (x,), pull)
+    pool_size(x.shape, size, stride, padding)  # raises ValueError
+    out, saved = engine.max_pool(x.data, size, stride, padding)
+    return result(out, (x,), lambda g: (engine.max_pool_gradient(g, saved, x.shape, size, stride, padding),))
 
 
 def global_avg_pool(x):
-    """Mean over each image: (N, C, H, W) -> (N, C)"""
-    if gpu:
-        return result(gpu.mean_pool(x.data), (x,), lambda g: (gpu.mean_pool_gradient(g, x.shape, x.dtype),))
-    return mean(x, axis=(2, 3))
+    """Mean over each image, (N, C, H, W) -> (N, C):  dx = g / (H W), repeated over the image"""
+    return result(engine.mean_pool(x.data), (x,), lambda g: (engine.mean_pool_gradient(g, x.shape, x.dtype),))
 
 
 # ---------------------------------------------------------------------------------------------- layers
-
-
-def stored(array):
-    """A parameter's array in the order in which it is kept: SGD updates it through a flat view, cuDNN wants NHWC."""
-    return gpu.parameter(array) if gpu else np.ascontiguousarray(array)
-
-
-def flat(array):
-    """All entries of an array in that order, a view of one axis"""
-    return gpu.flat(array) if gpu else array.reshape(-1)
 
 
 class Parameter(Tensor):
@@ -637,60 +467,36 @@ class Parameter(Tensor):
 
     mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero.
     density: the fraction of entries that are kept, 1 without a mask.
-    kept: None, or on a CPU for a matrix's mask of low density the positions of the kept entries in data.reshape(-1),
-        ascending: then products and updates touch only them.
+    pattern: what the engine knows of a mask of low density, so that work follows the kept entries; else None.
     name: its dotted name in the network whose parameters() were listed last, for messages.
     """
 
-    __slots__ = ("mask", "density", "kept", "name", "_csr")
+    __slots__ = ("mask", "density", "pattern", "name")
 
     def __init__(self, data, mask=None):
         super().__init__(data, requires_grad=True)
-        self.data = stored(self.data)
+        self.data = engine.parameter(self.data)
         self.name = None
         self.set_mask(mask)
 
     def set_mask(self, mask):
         """Take this mask (None: dense) and zero the masked entries."""
-        self.mask, self.density, self.kept, self._csr = None, 1.0, None, None
+        self.mask, self.density, self.pattern = None, 1.0, None
         if mask is not None:
-            mask = stored(xp.asarray(mask, dtype=bool))
+            mask = engine.parameter(xp.asarray(mask, dtype=bool))
             if mask.shape != self.shape:
                 raise ValueError(f"a mask of shape {mask.shape} does not fit a parameter of shape {self.shape}")
-            self.mask, self.density = mask, float(mask.mean())
-            if self.density < SPARSE_GRADIENT and not gpu and self.ndim != 3:
-                self.kept = np.flatnonzero(mask)
+            self.mask, self.density, self.pattern = mask, float(mask.mean()), engine.pattern(mask)
             self.data[~mask] = 0
 
     def accumulate(self, g):
-        """Add g to .grad, zero where masked; g may hold the gradients of the kept entries alone. On a GPU, where each
-        pass over the entries would be a launch, nothing is masked before SGD passes over them anyway.
-        """
-        if self.kept is not None:
-            values = g if g.shape == self.kept.shape else g.reshape(-1)[self.kept]
-            g = xp.zeros_like(self.data)
-            g.reshape(-1)[self.kept] = values
-        elif self.mask is not None and not gpu:
-            g *= self.mask
-        super().accumulate(g)
+        """Add g to .grad; g may be what the engine gives for a mask of low density."""
+        super().accumulate(g if self.mask is None else engine.masked(g, self.mask, self.pattern, self.shape))
 
     @property
     def count(self):
         """How many entries are kept."""
         return self.size if self.mask is None else int(self.mask.sum())
-
-    def csr(self):
-        """The kept weights of a matrix in compressed sparse rows (SciPy); its structure is built once."""
-        if self._csr is None:
-            from scipy.sparse import csr_array
-
-            kept = np.flatnonzero(self.mask)
-            rows, columns = np.divmod(kept, self.shape[1])
-            starts = np.searchsorted(rows, np.arange(self.shape[0] + 1))
-            self._csr = csr_array((np.zeros(len(kept), self.dtype), columns, starts), self.shape), kept
-        matrix, kept = self._csr
-        gather(self.data.reshape(-1), kept, out=matrix.data)
-        return matrix
 
 
 class Module:
@@ -779,6 +585,8 @@ class Module:
 class Layer(Module):
     """A module with a weight that is counted (linear, convolution): it can be drawn again at a lower density."""
 
+    drawing = True  # False inside skip_init()
+
     def reset(self, rng, density=1.0):
         """Draw the weights from U(-b, b), b = 1 / sqrt(fan_in density), the bias likewise (PyTorch's rule with
         the sparse fan-in). All entries are drawn; the mask is applied by sparsify.
@@ -787,6 +595,16 @@ class Layer(Module):
         for p in (self.weight, self.bias):
             if p is not None:
                 p.data[...] = xp.asarray(rng.uniform(-bound, bound, p.shape).astype(p.dtype))
+
+
+@contextmanager
+def skip_init():
+    """Inside it layers are made without drawing their weights: to be counted, or drawn by sparsify or initialize."""
+    before, Layer.drawing = Layer.drawing, False
+    try:
+        yield
+    finally:
+        Layer.drawing = before
 
 
 class Linear(Layer):
@@ -800,7 +618,8 @@ class Linear(Layer):
         self.weight = Parameter(xp.empty((out_features, in_features), dtype))
         self.bias = Parameter(xp.empty(out_features, dtype)) if bias else None
         self.ntk = ntk
-        self.reset(rng or np.random.default_rng())
+        if self.drawing:
+            self.reset(rng or np.random.default_rng())
 
     def reset(self, rng, density=1.0):
         super().reset(rng, density)
@@ -826,7 +645,8 @@ class Conv2d(Layer):
         self.weight = Parameter(xp.empty((out_channels, in_channels, kernel_size, kernel_size), dtype))
         self.bias = Parameter(xp.empty(out_channels, dtype)) if bias else None
         self.stride, self.padding = stride, padding
-        self.reset(rng or np.random.default_rng())
+        if self.drawing:
+            self.reset(rng or np.random.default_rng())
 
     def forward(self, x):
         y = conv2d(x, self.weight, self.stride, self.padding)
@@ -849,12 +669,10 @@ class BatchNorm2d(Module):
 
 
 class Flatten(Module):
-    """(N, ...) -> (N, everything else), with kept = 2 (networks, N, ...) -> (networks, N, everything else)"""
-
-    kept = 1
+    """(N, ...) -> (N, everything else)"""
 
     def forward(self, x):
-        return x if x.ndim == self.kept + 1 else reshape(x, *x.shape[: self.kept], -1)
+        return x if x.ndim == 2 else reshape(x, len(x), -1)
 
 
 class Sequential(Module):
@@ -1003,73 +821,39 @@ class SGD:
     """
 
     def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
-        if np.min(lr) < 0 or momentum < 0 or weight_decay < 0:
+        if lr < 0 or momentum < 0 or weight_decay < 0:
             raise ValueError(f"lr, momentum and weight_decay are not negative: {lr}, {momentum}, {weight_decay}")
         if nesterov and momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         self.params = list(params)
         self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
-        self.rate = self.scaling = None  # on a GPU: the learning rate, and in fp16 the state of the loss's scale
-        if gpu:
-            self.scaling = gpu.scaling()
-        self.velocity = [self.at_rest(p) for p in self.params]  # on a CPU flat, of the entries that take part
-        self.lr = lr
+        self.velocity = [self.at_rest(p) for p in self.params]  # as the engine keeps them
+        self.rate, self.lr = None, lr
 
     def at_rest(self, p):
-        """A velocity before the first step: None without momentum, and on a CPU, where it begins with that step."""
-        return stored(xp.zeros_like(p.data)) if gpu and self.momentum else None
+        """The velocity of a parameter before the first step."""
+        return engine.velocity(p.data) if self.momentum else None
 
     @property
     def lr(self):
-        """The learning rate, or an array of one for each of many networks at once."""
+        """The learning rate."""
         return self._lr
 
     @lr.setter
     def lr(self, lr):
-        self._lr = lr
-        if gpu:  # in the same memory each time, where captured steps find it
-            if self.rate is None or self.rate.size != np.size(lr):
-                self.rate = xp.empty(np.size(lr), self.params[0].dtype)
-            self.rate.set(np.full(self.rate.shape, lr, self.rate.dtype))
-
-    @property
-    def loss_scale(self):
-        """What backward() of the loss should start from: None, or in fp16 the factor that step() divides out again."""
-        return None if self.scaling is None else self.scaling[0]
+        self._lr, self.rate = lr, engine.rate(lr, self.rate)
 
     def step(self):
-        if gpu:
-            options = self.momentum, self.weight_decay, self.nesterov, self.scaling
-            return gpu.sgd(self.params, self.velocity, self.rate, *options)
-        lr, many = self.lr, isinstance(self.lr, np.ndarray)
-        for i, p in enumerate(self.params):
-            if p.grad is None:
-                continue
-            w, g = p.data.reshape(-1), p.grad.reshape(-1)  # (size,), views
-            part = slice(None) if p.kept is None else p.kept
-            g = g[part]
-            if self.weight_decay:
-                g = g + self.weight_decay * w[part]
-            if self.momentum:
-                v = self.velocity[i]
-                v = self.velocity[i] = g.copy() if v is None else self.momentum * v + g
-                g = g + self.momentum * v if self.nesterov else v
-            w[part] -= (np.repeat(lr.astype(p.dtype), p.size // len(lr)) if many else lr) * g
+        params = [(p.data, p.grad, p.mask, p.pattern) for p in self.params]
+        self.velocity = engine.sgd(params, self.velocity, self.rate, self.momentum, self.weight_decay, self.nesterov)
 
     def zero_grad(self):
         for p in self.params:
             p.grad = None
 
     def state_dict(self):
-        """{"velocity.0": flat array, ...} of the parameters that have one; in fp16 "scaling": the loss's scale and for
-        how many steps it has been right.
-        """
-        state = {f"velocity.{i}": np.array(to_host(v)).reshape(-1)
-                 for i, v in enumerate(self.velocity) if v is not None}
-        if self.scaling is not None:
-            scale, good, _ = to_host(self.scaling)
-            state["scaling"] = np.array([scale, good.view(np.int32)], np.float64)
-        return state
+        """{"velocity.0": array of one axis, perhaps of the kept entries alone, ...} of the parameters that have one."""
+        return {f"velocity.{i}": engine.velocity_to_host(v) for i, v in enumerate(self.velocity) if v is not None}
 
     def load_state_dict(self, state):
         """Take a state_dict() of an optimiser of the same network, on whichever device it was."""
@@ -1083,13 +867,7 @@ class SGD:
             if v.size < p.size:  # of the kept entries alone
                 v, part = np.zeros(p.size, v.dtype), v
                 v[np.flatnonzero(to_host(p.mask))] = part
-            if gpu:
-                self.velocity[i] = stored(xp.asarray(v.reshape(p.shape), dtype=p.dtype))
-            else:
-                self.velocity[i] = np.array(v if p.kept is None else v[p.kept], dtype=p.dtype)
-        if self.scaling is not None and "scaling" in state:
-            scale, good = state["scaling"]
-            self.scaling.set(np.array([scale, np.int32(good).view(np.float32), 0], np.float32))
+            self.velocity[i] = engine.velocity_from_host(v, p.data, p.pattern)
 
 
 # Schedules: the learning rate of an epoch, counted from 0. They keep no state, so a resumed run needs none.

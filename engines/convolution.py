@@ -1,7 +1,6 @@
-"""Convolution and BatchNorm of images on the CPU, in NumPy, at the speed of a tuned library.
+"""Convolution of images on the CPU, in NumPy, at the speed of a tuned library.
 
-Images are (N, C, H, W) to the user; their memory is ordered (H, C, W, N), like PyTorch's channels_last by strides
-alone, with a border of zeros kept around it. Then, with no copy at all,
+With images in host.py's memory order, and with no copy at all,
 - "rows": rows y .. y+k of one horizontal shift are a (k C, W N) matrix whatever k, since the strides of a row and of
   a channel line up. A k x k convolution is k matrix products an output row, one for each shift; the weight gradient
   is the product of the same matrices; the input gradient is the same convolution of the output gradient.
@@ -12,174 +11,21 @@ A stride only changes the strides of the views.
 Milliseconds on two cores at batch 128, before and after. Tiles instead of rows: 58 -> 26 forward at 64 channels of
 32 x 32, at 16 nothing. BLAS threads stopped: 40 -> 26. Products small enough to need no packing: 7 -> 5.5 (18
 channels), their weight gradient 11 -> 5. Strides without copies: 43 -> 30. Weight gradient by threads over the 36
-products instead of over images: 66 -> 26 (512 channels). NumPy's buffer (below): BatchNorm of small images 3 times as
-fast. Memory used again and freed during the backward pass: a step 1,800 -> 1,530 (width 64). Nothing: larger blocks of
-tiles, threads for small images, BatchNorm by channels.
+products instead of over images: 66 -> 26 (512 channels). Memory used again and freed during the backward pass: a step
+1,800 -> 1,530 (width 64). Nothing: larger blocks of tiles, threads for small images.
 """
-
-import collections
-import contextlib
-import contextvars
-import functools
-import math
-import mmap
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
-from threadpoolctl import ThreadpoolController
 
-# ---------------------------------------------------------------------------------------------- threads and memory
+from engines import host, output_size
+from engines.host import bordered, empty, parallel, rows, scratch
 
-BUFFER = 512  # NumPy copies operands with rows shorter than its buffer (8,192 entries) into it: 3 times as slow
-WORTH = 4e7  # multiplications from which two threads are faster than one, for Python lets only one call NumPy at a time
-
-
-@functools.cache
-def threads():
-    """(how many threads to use, a pool of all but the calling one); from then on BLAS itself uses one.
-
-    As many as BLAS was allowed (OPENBLAS_NUM_THREADS). Its own threads go on spinning for a while after each product
-    and would take the cores from ours.
-    """
-    blas = ThreadpoolController().select(user_api="blas")
-    count = max([library["num_threads"] for library in blas.info()], default=os.cpu_count())
-    blas.limit(limits=1)
-    return count, ThreadPoolExecutor(max(1, count - 1), thread_name_prefix="conv")
-
-
-def parallel(work, count, cost):
-    """[work(first, last)] of as many parts of range(count) as there are threads, of one if the cost is small.
-
-    Where sums are over parts, rounding depends on the number of threads, and on nothing else.
-    """
-    workers, pool = threads()
-    parts = min(workers, count) if cost >= WORTH else 1
-    edges = [count * i // parts for i in range(parts + 1)]
-    before, others = np.setbufsize(BUFFER), []
-    try:  # the context holds NumPy's buffer size and how it treats overflow
-        others = [pool.submit(contextvars.copy_context().run, work, *edge) for edge in zip(edges[1:], edges[2:])]
-        results = [work(edges[0], edges[1])]
-    finally:
-        np.setbufsize(before)
-        wait(others)  # whatever happened: nothing may write into memory that is used again
-    return results + [other.result() for other in others]
-
-
-def copy(source, target):
-    """target[...] = source, shared among threads; returns target."""
-    parallel(lambda first, last: np.copyto(target[first:last], source[first:last]), len(source), 40 * source.size)
-    return target
-
-
-class Buffer(np.ndarray):
-    """Memory of an array that goes back to a store when the last view of it is gone.
-
-    Fresh memory costs a page fault every 4 KiB, together as much as a pass over the array; a training step
-    asks for the same sizes again and again. halo: the width of the border of zeros around the interior.
-    """
-
-    STORED = collections.OrderedDict()  # key: [memory], the key that was used last at the end
-    LOCK = threading.RLock()  # an array may be collected within its own thread's turn
-    SPARE = 0.5  # used and stored memory together are at most this much more than was ever used at once
-    used = most = stored = 0  # bytes
-    key, halo = None, 0
-
-    def __del__(self):
-        if self.key is not None:
-            with self.LOCK:
-                Buffer.used -= self.nbytes
-                Buffer.stored += self.nbytes
-                self.STORED.setdefault(self.key, []).append(self.base)
-
-    @classmethod
-    def take(cls, key, nbytes):
-        """Memory from the store, or None; then what was not used for longest leaves the store to make room."""
-        with cls.LOCK:
-            cls.used += nbytes
-            cls.most = max(cls.most, cls.used)
-            if key in cls.STORED:
-                memory = cls.STORED[key].pop()
-                cls.stored -= nbytes
-                if cls.STORED[key]:
-                    cls.STORED.move_to_end(key)
-                else:
-                    del cls.STORED[key]
-                return memory
-            while cls.STORED and cls.used + cls.stored > (1 + cls.SPARE) * cls.most:
-                oldest = next(iter(cls.STORED))
-                cls.stored -= len(cls.STORED[oldest].pop())
-                if not cls.STORED[oldest]:
-                    del cls.STORED[oldest]
-
-
-def scratch(shape, dtype, halo=0):
-    """An array of this shape with undefined contents; with a halo, (H, C, W, N) inside a border of zeros."""
-    H, *rest = shape
-    if halo:
-        C, W, N = rest
-        shape = H + 2 * halo, C, W + 2 * halo, N
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    key = (shape, np.dtype(dtype), halo) if halo else nbytes
-    memory = Buffer.take(key, nbytes)
-    if memory is None and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # pages of 2 MiB, where the system has them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    elif memory is None:
-        memory = mmap.mmap(-1, max(nbytes, 1))
-    buffer = Buffer(shape, dtype, memory)
-    buffer.key, buffer.halo = key, halo
-    return np.asarray(buffer)  # a plain array whose base is the buffer; it is the base of all its views
-
-
-def empty(shape, dtype, halo=1):
-    """An array (N, C, H, W) in the engine's order with undefined contents inside a border of zeros."""
-    N, C, H, W = shape
-    full = scratch((H, C, W, N), dtype, halo)
-    return images(full[halo : halo + H, :, halo : halo + W])
-
-
-def rows(x):
-    """(N, C, H, W) -> (H, C, W, N), a view"""
-    return x.transpose(2, 1, 3, 0)
-
-
-def images(x):
-    """(H, C, W, N) -> (N, C, H, W), a view"""
-    return x.transpose(3, 1, 0, 2)
-
-
-def bordered(x, top, bottom, left, right):
-    """(N, C, H, W) as (top + H + bottom, C, left + W + right, N) with zeros around it, negative sizes cutting off.
-
-    A view where x lies in a wide enough border of zeros, else a copy. Rows of a channel are contiguous, and a row's
-    stride is that of C channels.
-    """
-    x = rows(x)
-    H, C, W, N = x.shape
-    full, need = x.base, max(top, bottom, left, right)
-    if need <= 0 and x.strides == (C * x.strides[1], x.strides[1], N * x.itemsize, x.itemsize):
-        return x[-top : H + bottom, :, -left : W + right]
-    if full is not None and isinstance(full.base, Buffer) and need <= full.base.halo:
-        halo = full.base.halo
-        inner = full[halo : halo + H, :, halo : halo + W]
-        if inner.__array_interface__ == x.__array_interface__ and full.shape == (H + 2 * halo, C, W + 2 * halo, N):
-            return full[halo - top : halo + H + bottom, :, halo - left : halo + W + right]
-    out = scratch((top + H + bottom, C, left + W + right, N), x.dtype)
-    for edge in (out[:max(top, 0)], out[top + H :], out[:, :, :max(left, 0)], out[:, :, left + W :]):
-        edge[...] = 0
-    inner = x[max(-top, 0) : H + min(bottom, 0), :, max(-left, 0) : W + min(right, 0)]
-    copy(inner, out[max(top, 0) :, :, max(left, 0) :][: len(inner), :, : inner.shape[2]])
-    return out
-
+BLOCK = 2**18  # entries worked on at a time, so that they stay in a core's second-level cache
 
 # ---------------------------------------------------------------------------------------------- rows
 
 SMALL = 10**6  # OpenBLAS multiplies matrices of up to this many products without packing them: twice as fast if narrow
-BLOCK = 2**18  # entries worked on at a time, so that they stay in a core's second-level cache
 
 
 def pieces(products, W, stride):
@@ -350,7 +196,7 @@ def tiles_forward(x, U, padding, y):
     BT, AT = B.T.astype(dtype), A.T.astype(dtype)
     count = tiles_at_a_time(max(C, O), W, N)
     # Few tiles are cut into `parts` of the images, so that there is work for every thread.
-    parts = 1 if H * W > 16 * count or N % threads()[0] else threads()[0]
+    parts = 1 if H * W > 16 * count or N % host.cores() else host.cores()
     sources = tiled(bordered(x, padding, padding, padding, padding), (H, W), 6, count, parts)
     targets = tiled(rows(y), (H, W), 4, count, parts)  # (strip, row, part, O, 4, 4 tile, n)
     targets = targets.reshape(*targets.shape[:5], count, 4, -1)
@@ -434,30 +280,9 @@ def sums_by_products(x, g, cost):
 # ---------------------------------------------------------------------------------------------- convolution
 
 
-class EngineError(RuntimeError):
-    """A convolution that this machine cannot do; the message is one sentence."""
-
-
-def output_size(x, w, stride, padding):
-    """(H, W) of the convolution of arrays of shapes x and w; raises ValueError for what does not fit together."""
-    if len(x) != 4 or len(w) != 4 or x[1] != w[1] or x[0] < 1:
-        raise ValueError(f"conv2d takes images (N, C, H, W) and weights (O, C, kh, kw) of one C, not {x} and {w}")
-    if stride < 1 or padding < 0:
-        raise ValueError(f"conv2d takes a stride of at least 1 and a padding of at least 0, not {stride} and {padding}")
-    size = tuple((n + 2 * padding - k) // stride + 1 for n, k in zip(x[2:], w[2:]))
-    if min(size) < 1:
-        raise ValueError(f"a {w[2]}x{w[3]} kernel does not fit images of {x[2]}x{x[3]} with padding {padding}")
-    return size
-
-
 def use_tiles(w, stride, size):
     """Whether a convolution to images of this size is done in tiles."""
     return stride == 1 and w[2:] == (3, 3) and min(w[:2]) >= TILES_FROM and not any(n % 4 for n in size)
-
-
-def weights(w):
-    """What forward and input_gradient take for weights w (O, C, kh, kw)"""
-    return w
 
 
 def forward(x, w, stride, padding):
@@ -494,128 +319,3 @@ def weight_gradient(g, x, shape, stride, padding):
     return dw
 
 
-# ---------------------------------------------------------------------------------------------- BatchNorm
-
-
-def by_rows(work, *arrays):
-    """work(block of the same few rows of each array (H, C, W, N), ..., temporary array of its shape) over all rows;
-    returns the list of what it gave.
-    """
-    H, C, W, N = arrays[0].shape
-    block = max(1, BLOCK // 2 // (C * W * N))
-
-    def part(first, last):
-        temporary = scratch((min(block, last - first), C, W, N), arrays[0].dtype)
-        return [work(*(a[y : min(y + block, last)] for a in arrays), temporary[: min(block, last - y)])
-                for y in range(first, last, block)]
-
-    return [value for values in parallel(part, H, 40 * arrays[0].size) for value in values]
-
-
-def per_channel(values, dtype):
-    """(C,) -> (C, 1, 1), to be broadcast over rows (H, C, W, N)"""
-    return np.asarray(values, dtype)[:, None, None]
-
-
-def channel_sum(x):
-    """Sum of x (H, C, W, N) for each channel."""
-    return x.reshape(*x.shape[:2], -1).sum(-1).sum(0, dtype=np.float64)
-
-
-def channel_dot(x, y):
-    """Sum of x y, both (H, C, W, N), for each channel."""
-    return np.vecdot(x.reshape(*x.shape[:2], -1), y.reshape(*y.shape[:2], -1)).sum(0, dtype=np.float64)
-
-
-def statistics(x):
-    """Mean and biased variance (C,) of x (N, C, H, W), in float64."""
-    x = rows(x)
-    near = x[0].mean((1, 2))  # the variance is summed around a value close to the mean, so that nothing cancels
-
-    def sums(x, temporary):
-        x = np.subtract(x, per_channel(near, x.dtype), out=temporary)
-        return channel_sum(x), channel_dot(x, x)
-
-    first, second = np.sum(by_rows(sums, x), axis=0) / (x.size // len(near))
-    return near + first, second - first**2
-
-
-def normalize(x, scale, shift, add, relu):
-    """scale x + shift, for each channel, + add, then max(., 0) if relu: everything in one pass over (N, C, H, W)."""
-    out = empty(x.shape, x.dtype)
-    scale, shift = per_channel(scale, x.dtype), per_channel(shift, x.dtype)
-
-    def work(x, out, *rest):
-        *add, y = rest
-        np.multiply(x, scale, out=y)
-        y += shift
-        for a in add:
-            y += a
-        if relu:
-            np.maximum(y, 0, out=out)
-        else:
-            out[...] = y
-
-    by_rows(work, rows(x), rows(out), *([] if add is None else [rows(add)]))
-    return out
-
-
-def add(x, y):
-    """x + y of two gradients (N, C, H, W)"""
-    out = empty(x.shape, x.dtype, halo=0)
-    by_rows(lambda x, y, out, temporary: np.add(x, y, out=out), rows(x), rows(y), rows(out))
-    return out
-
-
-def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, add, relu):
-    """nn.batch_norm on arrays: (out, (mean, deviation) that it was normalised by)."""
-    if training:
-        n = x.size // len(running_mean)
-        mean, var = statistics(x)
-        running_mean += momentum * (mean - running_mean)
-        running_var += momentum * (var * (n / (n - 1)) - running_var)
-    else:
-        mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
-    deviation = (var + eps) ** 0.5
-    scale = weight / deviation
-    return normalize(x, scale, bias - mean * scale, add, relu), (mean, deviation)
-
-
-def batch_norm_backward(g, x, out, weight, saved, training, separate):
-    """Gradients of BatchNorm [+ add] [+ ReLU]: (dx, dweight, dbias, dadd); saved: (mean, deviation).
-
-    With xhat = (x - mean) / deviation and g the gradient behind the ReLU (0 where out = 0; out None: no ReLU):
-    dweight = sum g xhat, dbias = sum g, dx = weight / deviation (g - dbias / n - xhat dweight / n), dadd = g;
-    with constant statistics (training False) dx = weight / deviation g.
-    separate: dadd is wanted, an array of its own.
-    """
-    mean, deviation = saved
-    dx = empty(x.shape, x.dtype)
-    masked = dx if not separate else empty(x.shape, x.dtype, halo=0) if out is not None else g
-    middle = per_channel(mean, x.dtype)
-
-    def sums(g, x, masked, *rest):
-        *out, temporary = rest
-        for o in out:
-            temporary[...] = o > 0
-            g = np.multiply(g, temporary, out=masked)
-        return channel_sum(g), channel_dot(g, np.subtract(x, middle, out=temporary))
-
-    arrays = [rows(a) for a in (g, x, masked)]
-    dbias, dot = np.sum(by_rows(sums, *arrays, *([] if out is None else [rows(out)])), axis=0)
-    dweight = dot / deviation
-    if out is None:
-        masked = g
-    slope = weight / deviation
-    n = x.size // len(mean) if training else np.inf
-    a, b = per_channel(slope, x.dtype), per_channel(-slope * dweight / (n * deviation), x.dtype)
-    c = per_channel(slope * (mean * dweight / deviation - dbias) / n, x.dtype)
-
-    def work(g, x, dx, temporary):
-        np.multiply(x, b, out=temporary)
-        temporary += c
-        np.multiply(g, a, out=dx)
-        dx += temporary
-
-    by_rows(work, rows(masked), rows(x), rows(dx))
-    return dx, dweight.astype(weight.dtype), dbias.astype(weight.dtype), masked if separate else None

@@ -1,35 +1,18 @@
 // The kernels of gpu.py: all of a training step but the convolutions.
 //
-// Compiled for each type of images: TYPE (float, double, float16, bfloat16); REAL (float, double where TYPE is), in
-// which parameters are kept and everything is computed; V, the channels that a thread takes at a time, as one word.
+// Compiled for each type of images: TYPE (float, double, bfloat16); REAL (float, double where TYPE is), in which
+// parameters are kept and everything is computed; V, the channels that a thread takes at a time, as one word.
 // Images are pixels of C channels in memory (NHWC), M = N H W of them. Blocks have 256 threads. Sums are over fixed
 // parts in a fixed order, never by atomic additions: the same step gives the same bits.
 
-struct float16 { unsigned short bits; };
 struct bfloat16 { unsigned short bits; };
 struct alignas(sizeof(TYPE) * V) Pack { TYPE at[V]; };
 typedef long long integer;
-
-#ifndef SIMULATED  // tests/simulated_gpu.h has these for the host
-__device__ __forceinline__ float half_to_float(unsigned short bits)
-{
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-    return x;
-}
-__device__ __forceinline__ unsigned short float_to_half(float x)
-{
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
-}
-#endif
 
 union Word { float number; unsigned bits; };
 
 __device__ __forceinline__ REAL get(float x) { return x; }
 __device__ __forceinline__ REAL get(double x) { return x; }
-__device__ __forceinline__ REAL get(float16 x) { return half_to_float(x.bits); }
 __device__ __forceinline__ REAL get(bfloat16 x)
 {
     Word w;
@@ -38,7 +21,6 @@ __device__ __forceinline__ REAL get(bfloat16 x)
 }
 __device__ __forceinline__ void set(float& to, REAL x) { to = x; }
 __device__ __forceinline__ void set(double& to, REAL x) { to = x; }
-__device__ __forceinline__ void set(float16& to, REAL x) { to.bits = float_to_half(x); }
 __device__ __forceinline__ void set(bfloat16& to, REAL x)
 {
     Word w;
@@ -55,8 +37,8 @@ __device__ __forceinline__ double scaled(double x, double a, double b) { return 
 #define EVERY(i, count) \
     for (integer i = blockIdx.x * (integer)blockDim.x + threadIdx.x; i < (count); i += gridDim.x * (integer)blockDim.x)
 
-// Adds up what threads t, t + `width`, t + 2 `width`, ... of the block hold of K numbers, s[k][thread]; all threads have
-// to call it after a __syncthreads(). The sums are then in s[k][t] for t < width, a power of two.
+// Adds up what threads t, t + `width`, t + 2 `width`, ... of the block hold of K numbers, s[k][thread]; all threads
+// have to call it after a __syncthreads(). The sums are then in s[k][t] for t < width, a power of two.
 template <typename T, int K> __device__ void reduce(T (&s)[K][256], int width)
 {
     const int t = threadIdx.x;
@@ -69,21 +51,20 @@ template <typename T, int K> __device__ void reduce(T (&s)[K][256], int width)
 
 // ------------------------------------------------------------------------------------------------ batches
 
-// x[i] = scale * crop(image) + shift for the examples order[cursor], order[cursor + 1], ... (order null: 0, 1, ...), with
-// images (n, C, H, W) of bytes, x (batch, H, W, channels), channels >= C, the rest zero. draws (3, count), or null: the
-// crop's row and column in the image with `padding` zeros around it, and whether it is mirrored, for each place in the
-// order. blockIdx.y: one of several networks, each with its own order, draws, x and y; scale, shift (C, H, W).
-extern "C" __global__ void batch(const unsigned char* images, const integer* labels, const integer* order,
-    const int* draws, const integer* cursor, integer count, int size, int C, int H, int W, int channels, int padding,
-    const REAL* scale, const REAL* shift, TYPE* x, integer* y)
+// x[i] = scale crop(image) + shift, y[i] = label, of the samples order[first], order[first + 1], ... (order null:
+// first, first + 1, ...). images: bytes (n, C, H, W) that lie with these strides; x (size, H, W, channels), channels
+// >= C, the rest zero; labels and y may be null. draws (3, count), or null: the crop's row and column in the image
+// with `padding` zeros around it, and whether it is mirrored, for each place in the order. scale, shift: (C, H, W) or,
+// unless `each`, (C,).
+extern "C" __global__ void batch(const unsigned char* images, integer sn, integer sc, integer sh, integer sw,
+    const integer* labels, const integer* order, const int* draws, integer first, integer count, int size, int C, int H,
+    int W, int channels, int padding, const REAL* scale, const REAL* shift, int each, TYPE* x, integer* y)
 {
-    const integer entries = (integer)H * W * channels, group = blockIdx.y;
-    if (order) order += group * count;
-    if (draws) draws += group * 3 * count;
+    const integer entries = (integer)H * W * channels;
     EVERY(e, size * entries) {
         const unsigned u = e, i = u / (unsigned)entries;
         const int c = u % channels, w = u / channels % W, h = u / channels / W % H;
-        const integer place = *cursor + i, n = order ? order[place] : place;
+        const integer place = first + i, n = order ? order[place] : place;
         REAL value = 0;
         if (c < C) {
             int row = h, column = w;
@@ -92,18 +73,13 @@ extern "C" __global__ void batch(const unsigned char* images, const integer* lab
                 column = (draws[2 * count + place] ? W - 1 - w : w) + draws[count + place] - padding;
             }
             const bool inside = row >= 0 && row < H && column >= 0 && column < W;
-            const int pixel = inside ? images[((n * C + c) * H + row) * W + column] : 0;
-            const int entry = (c * H + h) * W + w;
+            const int pixel = inside ? images[n * sn + c * sc + row * sh + column * sw] : 0;
+            const int entry = each ? (c * H + h) * W + w : c;
             value = scaled((REAL)pixel, scale[entry], shift[entry]);
         }
-        set(x[group * size * entries + e], value);
-        if (u == i * (unsigned)entries) y[group * size + i] = labels[n];
+        set(x[e], value);
+        if (y && u == i * (unsigned)entries) y[i] = labels[n];
     }
-}
-
-extern "C" __global__ void advance(integer* cursor, integer by)
-{
-    if (threadIdx.x == 0) *cursor += by;
 }
 
 // y (N, H, W, channels) from x (N, C, H, W) with any strides, of TYPE or, if wide, of REAL; further channels are zero.
@@ -111,7 +87,8 @@ extern "C" __global__ void to_images(const void* x, int wide, integer sn, intege
     int H, int W, int channels, integer count, TYPE* y)
 {
     EVERY(i, count) {
-        const unsigned u = i, c = u % channels, w = u / channels % W, h = u / channels / W % H, n = u / channels / W / H;
+        const unsigned u = i, c = u % channels, w = u / channels % W, h = u / channels / W % H,
+            n = u / channels / W / H;
         const integer from = n * sn + c * sc + h * sh + w * sw;
         set(y[i], c >= C ? (REAL)0 : wide ? ((const REAL*)x)[from] : get(((const TYPE*)x)[from]));
     }
@@ -185,8 +162,8 @@ extern "C" __global__ __launch_bounds__(256) void gradient_sums(const TYPE* g, c
     add_up(s, first, second, C, lanes, lane, sums);
 }
 
-// What follows adds those sums up for CHANNELS channels a block, by 32 threads each: s[0], s[1] [thread] is what a thread
-// finds of the two sums of channel c.
+// What follows adds those sums up for CHANNELS channels a block, by 32 threads each: s[0], s[1] [thread] is what a
+// thread finds of the two sums of channel c.
 #define CHANNELS 8
 __device__ __forceinline__ void over_parts(const REAL* sums, int parts, int C, int c, double (&s)[2][256])
 {
@@ -201,9 +178,9 @@ __device__ __forceinline__ void over_parts(const REAL* sums, int parts, int C, i
 
 // saved (4, C): mean, 1 / deviation, and scale and shift of weight (x - mean) / deviation + bias, from the sums of
 // `parts` parts, the running estimates moving towards them; without sums (null) from the running estimates.
-extern "C" __global__ __launch_bounds__(256) void batch_statistics(const REAL* sums, int parts, const TYPE* x, integer M,
-    int C, const REAL* weight, const REAL* bias, REAL* running_mean, REAL* running_var, double momentum, double eps,
-    REAL* saved)
+extern "C" __global__ __launch_bounds__(256) void batch_statistics(const REAL* sums, int parts, const TYPE* x,
+    integer M, int C, const REAL* weight, const REAL* bias, REAL* running_mean, REAL* running_var, double momentum,
+    double eps, REAL* saved)
 {
     __shared__ double s[2][256];
     const int t = threadIdx.x, c = blockIdx.x * CHANNELS + t % CHANNELS;
@@ -315,7 +292,8 @@ extern "C" __global__ void max_pool(const TYPE* x, int C, int H, int W, int size
 {
     EVERY(i, count) {
         const unsigned u = i;
-        const int c = u % C, column = (int)(u / C % w) * stride - padding, row = (int)(u / C / w % h) * stride - padding;
+        const int c = u % C, column = (int)(u / C % w) * stride - padding;
+        const int row = (int)(u / C / w % h) * stride - padding;
         const TYPE* image = x + (integer)(u / C / w / h) * H * W * C;
         bool found = false;
         REAL best = 0;
@@ -351,15 +329,13 @@ extern "C" __global__ void max_pool_gradient(const TYPE* g, const unsigned short
 
 // ------------------------------------------------------------------------------------------------ linear layers
 
-// c[m, n] = sum over k of a[m, k] b[k, n] (+ bias[n]) for each of gridDim.z groups, c contiguous; strides of a and b in
-// entries. A block makes 64 x 64 of c, each thread 4 x 4, while what it needs next is on its way from memory.
-extern "C" __global__ __launch_bounds__(256) void product(const REAL* a, const REAL* b, const REAL* bias, REAL* c, int M,
-    int N, int K, integer a_group, integer a_row, integer a_column, integer b_group, integer b_row, integer b_column)
+// c[m, n] = sum over k of a[m, k] b[k, n] (+ bias[n]), c contiguous; strides of a and b in entries. A block makes
+// 64 x 64 of c, each thread 4 x 4, while what it needs next is on its way from memory.
+extern "C" __global__ __launch_bounds__(256) void product(const REAL* a, const REAL* b, const REAL* bias, REAL* c,
+    int M, int N, int K, integer a_row, integer a_column, integer b_row, integer b_column)
 {
     __shared__ REAL as[16][65], bs[16][65];  // 65: threads that store a column of them use different banks
     const int t = threadIdx.x, top = blockIdx.y * 64, left = blockIdx.x * 64, row = t / 16, column = t % 16;
-    a += blockIdx.z * a_group;
-    b += blockIdx.z * b_group;
     REAL sum[4][4], next_a[4], next_b[4];
     // Neighbouring threads load along the direction that is contiguous: place e of a tile is (k, m) or (k, n).
     const auto row_a = [&](int e) { return a_column == 1 ? e % 16 : e / 64; };
@@ -391,24 +367,21 @@ extern "C" __global__ __launch_bounds__(256) void product(const REAL* a, const R
     }
     for (int i = 0; i < 16; i++) {
         const int m = top + row + i / 4 * 16, n = left + column + i % 4 * 16;
-        if (m < M && n < N)
-            c[(blockIdx.z * (integer)M + m) * N + n] = sum[i / 4][i % 4] + (bias ? bias[blockIdx.z * N + n] : (REAL)0);
+        if (m < M && n < N) c[(integer)m * N + n] = sum[i / 4][i % 4] + (bias ? bias[n] : (REAL)0);
     }
 }
 
-// For each of gridDim.x groups: loss = mean over N rows of -log softmax(logits)[label]; dlogits (unless null) its
-// gradient (softmax - onehot) / N; sums = (N loss, how many rows have their largest logit, the first of equals, at the
-// label).
+// loss = mean over N rows of -log softmax(logits)[label]; dlogits (unless null) its gradient (softmax - onehot) / N;
+// sums = (N loss, how many rows have their largest logit, the first of equals, at the label). One block.
 extern "C" __global__ __launch_bounds__(256) void cross_entropy(const REAL* logits, const integer* labels, int N, int K,
     REAL* loss, REAL* dlogits, double* sums)
 {
     __shared__ double s[2][256];
     const int t = threadIdx.x;
     double total = 0, correct = 0;
-    for (int n = t; n < N; n += 256) {
-        const integer row = blockIdx.x * (integer)N + n;
-        const REAL* z = logits + row * K;
-        const int label = labels[row];
+    for (integer n = t; n < N; n += 256) {
+        const REAL* z = logits + n * K;
+        const int label = labels[n];
         int top = 0;
         for (int k = 1; k < K; k++)
             if (z[k] > z[top]) top = k;
@@ -417,15 +390,15 @@ extern "C" __global__ __launch_bounds__(256) void cross_entropy(const REAL* logi
         total += log(sum) - (z[label] - z[top]);
         correct += top == label;
         if (dlogits)
-            for (int k = 0; k < K; k++) dlogits[row * K + k] = (exp(z[k] - z[top]) / sum - (k == label)) / N;
+            for (int k = 0; k < K; k++) dlogits[n * K + k] = (exp(z[k] - z[top]) / sum - (k == label)) / N;
     }
     s[0][t] = total, s[1][t] = correct;
     __syncthreads();
     reduce(s, 1);
     if (t == 0) {
-        loss[blockIdx.x] = s[0][0] / N;
-        sums[2 * blockIdx.x] = s[0][0];
-        sums[2 * blockIdx.x + 1] = s[1][0];
+        loss[0] = s[0][0] / N;
+        sums[0] = s[0][0];
+        sums[1] = s[1][0];
     }
 }
 
@@ -438,41 +411,21 @@ struct Part {  // a parameter: values, velocity (null without momentum), gradien
     integer size;
 };
 struct Parts { Part at[64]; };
-struct Scaling { float scale; int good, overflow; };  // of the loss in fp16
 
-// Note in `scaling` if a gradient of a kept entry is not finite.
-extern "C" __global__ void check_finite(const Parts parts, Scaling* scaling)
+// One step of SGD (nn.SGD) for up to 64 parameters; masked entries are not touched.
+extern "C" __global__ void sgd(const Parts parts, const double* rate, double momentum, double weight_decay,
+    int nesterov)
 {
     const Part p = parts.at[blockIdx.y];
-    EVERY(i, p.size)
-        if ((!p.mask || p.mask[i]) && !isfinite(p.g[i])) scaling->overflow = 1;  // whoever writes writes the same
-}
-
-// One step of SGD (nn.SGD) for up to 64 parameters; masked entries are not touched. lr: one for each of the `groups`
-// equal parts of a parameter. scaling (or null): gradients are that many times too large; no step after an overflow.
-extern "C" __global__ void sgd(const Parts parts, const REAL* lr, int groups, double momentum, double weight_decay,
-    int nesterov, const Scaling* scaling)
-{
-    const Part p = parts.at[blockIdx.y];
-    if (scaling && scaling->overflow) return;
-    const REAL inverse = scaling ? 1 / scaling->scale : 1, mu = momentum, decay = weight_decay;
+    const REAL lr = *rate, mu = momentum, decay = weight_decay;
     EVERY(i, p.size) {
         if (p.mask && !p.mask[i]) continue;
         const REAL w = p.w[i];
-        REAL g = p.g[i] * inverse + decay * w;
+        REAL g = p.g[i] + decay * w;
         if (p.v) {
             const REAL v = p.v[i] = mu * p.v[i] + g;
             g = nesterov ? g + mu * v : v;
         }
-        p.w[i] = w - lr[groups == 1 ? 0 : i / (p.size / groups)] * g;
+        p.w[i] = w - lr * g;
     }
-}
-
-// Halve the scale after an overflow, double it after 2,000 steps without.
-extern "C" __global__ void rescale(Scaling* scaling)
-{
-    if (threadIdx.x) return;
-    if (scaling->overflow) scaling->scale = fmaxf(scaling->scale / 2, 1), scaling->good = 0;
-    else if (++scaling->good == 2000) scaling->scale = fminf(scaling->scale * 2, 16777216), scaling->good = 0;
-    scaling->overflow = 0;
 }

@@ -1,0 +1,42 @@
+"""What computes. An engine takes and returns arrays of its module xp; nn.py calls it and knows no device.
+
+    name, xp, to_host(array), synchronize(), memory(), versions()       "cpu" or "gpu"; numpy or cupy; for records
+    parameter(array), pattern(mask)        a parameter as it is stored; what the engine knows of a mask, or None
+    masked(g, mask, pattern, shape)        a masked parameter's gradient as .grad keeps it
+    add(x, y)                              the sum of two gradients of one shape
+    linear, linear_gradients               x w^T + b
+    cross_entropy, cross_entropy_gradient  of logits and labels, with the sum of the loss and the correct answers
+    weights, conv, conv_input_gradient, conv_weight_gradient            images are (N, C, H, W), weights (O, C, kh, kw)
+    batch_norm, batch_norm_gradients       [+ add] [+ ReLU]
+    max_pool, max_pool_gradient, mean_pool, mean_pool_gradient
+    velocity, velocity_to_host, velocity_from_host, rate, sgd           one step for all parameters, in place
+    compiled(function)                     the function, or what does the same with one launch
+    Batches(images, labels, scale, shift, padding)                      batches of a data set of bytes
+    normalized(pixels, scale, shift), upload(labels)                    a batch of photographs
+
+Shapes, errors and formulas stand at the functions of cpu.Engine; gpu.Engine has the same.
+"""
+
+
+class EngineError(RuntimeError):
+    """Something that this machine cannot do; the message is one sentence."""
+
+
+def output_size(x, w, stride, padding):
+    """(H, W) of the convolution of arrays of shapes x and w; raises ValueError for what does not fit together."""
+    if len(x) != 4 or len(w) != 4 or x[1] != w[1] or x[0] < 1:
+        raise ValueError(f"conv2d takes images (N, C, H, W) and weights (O, C, kh, kw) of one C, not {x} and {w}")
+    if stride < 1 or padding < 0:
+        raise ValueError(f"conv2d takes a stride of at least 1 and a padding of at least 0, not {stride} and {padding}")
+    size = tuple((n + 2 * padding - k) // stride + 1 for n, k in zip(x[2:], w[2:]))
+    if min(size) < 1:
+        raise ValueError(f"a {w[2]}x{w[3]} kernel does not fit images of {x[2]}x{x[3]} with padding {padding}")
+    return size
+
+
+def pool_size(x, size, stride, padding):
+    """(H, W) of what pooling makes of images of shape x; raises ValueError unless windows of size x size fit."""
+    if size < 1 or stride < 1 or not 0 <= padding <= size // 2 or min(x[2:]) + 2 * padding < size:
+        raise ValueError(f"windows of {size}x{size} with stride {stride} and padding {padding} "
+                         f"do not fit images of {x[2]}x{x[3]}")
+    return tuple((n + 2 * padding - size) // stride + 1 for n in x[2:])
