@@ -1,0 +1,33 @@
+"""What is learned from: MNIST, CIFAR, SVHN, drawn digits; ImageNet and drawn photographs.
+
+    dataset = datasets.load("cifar10", "data").part(held_out=5000).augmented()
+    for x, labels in dataset.train_batches(128, seed=0, epoch=0): ...
+    dataset = datasets.load("imagenet-256", "data", size=224, threads=8)
+
+What is absent is downloaded into the folder, or drawn, by one process while others wait. Every fault of a file is a
+DataError of one sentence.
+"""
+
+from datasets import arrays, drawn, photographs
+from datasets.dataset import DataError, Dataset
+
+__all__ = ["DataError", "Dataset", "NAMES", "load"]
+
+LOADERS = {
+    "mnist": arrays.mnist, "cifar10": arrays.cifar10, "cifar100": arrays.cifar100, "svhn": arrays.svhn,
+    "synthetic": drawn.digits,
+    "imagenet": photographs.imagenet, "imagenet-256": photographs.imagenet_256, "photographs": photographs.drawn,
+}
+NAMES = tuple(LOADERS)
+
+
+def load(name, folder, **options):
+    """The Dataset of this name, one of NAMES, whose files lie in `folder`.
+
+    options: side and channels of the synthetic digits; of photographs size (of the images that a network sees), threads
+    (decoders, 0 for as many as this process has cores) and unreadable (the share of either half's files that may be);
+    classes and images (to train on, of each class) of the drawn photographs.
+    """
+    if name not in LOADERS:
+        raise DataError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
+    return LOADERS[name](folder, **options)

@@ -1,0 +1,118 @@
+"""Files that are found in a folder, or downloaded there: whole, verified, by one process at a time."""
+
+import hashlib
+import os
+import threading
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.dataset import DataError
+from lab.files import locked
+
+LARGEST = 2**28  # bytes of a file that is downloaded or verified
+TIMEOUT = 20  # seconds for a connection, and between two packets
+PATIENCE, SLOWEST = 60, 600_000  # an attempt that brings less than so many bytes in so many seconds is given up
+ATTEMPTS = 3  # for each address, unless what it has is wrong
+
+
+def find(folder, subfolders, names):
+    """The first of these files that exists in one of these subfolders ("": the folder itself), or None."""
+    paths = (Path(folder, sub, name) for sub in subfolders for name in names)
+    return next((path for path in paths if path.exists()), None)
+
+
+def find_or_download(folder, subfolders, names, mirrors, verify):
+    """The path of the file as `find` finds it; if it is absent, its last name is downloaded to the first subfolder."""
+    path = find(folder, subfolders, names)
+    if path is None:
+        path = Path(folder, subfolders[0], names[-1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            if not path.exists():  # else another process was faster
+                download([mirror + names[-1] for mirror in mirrors], path, verify)
+    return path
+
+
+def check_published(path, md5):
+    """Raise DataError unless a file has this MD5."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > LARGEST:
+            raise DataError(f"{path} has more than {LARGEST:,} bytes")
+        compare(path, hashlib.file_digest(file, "md5").hexdigest(), md5)
+
+
+def compare(path, have, want):
+    """Raise DataError unless the MD5 of what is in a file is the one that is wanted."""
+    if have != want:
+        raise DataError(f"{path} is not what was published: its MD5 is {have} instead of {want}; remove it, or put the "
+                        "published file in its place")
+
+
+def download(urls, path, verify):
+    """Fetch the first of these addresses whose file passes verify(path), which else raises DataError, to `path`.
+
+    Nothing unverified is ever called `path`. Raises DataError with the reason of every address when none gave the file.
+    """
+    part, failures = path.with_name(path.name + ".part"), []
+    try:
+        for url in urls:
+            for _ in range(ATTEMPTS):
+                try:
+                    fetch(url, part)
+                    verify(part)
+                    os.replace(part, path)
+                    return
+                except DataError:
+                    reason = "its contents have the wrong checksum"
+                    break
+                except Exception as error:  # requests lets many through
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    response = getattr(error, "response", None)
+                    if response is not None and 400 <= response.status_code < 500:  # it knows that it has no such file
+                        break
+            failures.append(f"{url}: {reason}")
+    finally:
+        part.unlink(missing_ok=True)
+    raise DataError(f"{path.name} could not be downloaded ({'; '.join(failures)}); "
+                    f"put the file into {path.parent} yourself")
+
+
+def fetch(url, part):
+    """Write what is at this address to the file `part`, on to the disk; TimeoutError if it comes too slowly.
+
+    The download has a thread of its own: the time limit of a connection is one for each packet, which a server that
+    sends a byte at a time keeps.
+    """
+    import pooch  # with requests: a fifth of a second, which only downloads need take
+
+    answer, before = Future(), 0
+
+    def work():
+        try:
+            fetcher = pooch.HTTPDownloader(bar, 2**16, timeout=TIMEOUT, hooks={"response": stay_safe})
+            answer.set_result(fetcher(url, file, None))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    bar = tqdm(total=1, unit="B", unit_scale=True, desc=part.stem, disable=None, leave=False)
+    with bar, open(part, "wb") as file:
+        threading.Thread(target=work, daemon=True).start()  # given up, it ends because the file is closed
+        while not wait([answer], PATIENCE).done:
+            size = os.fstat(file.fileno()).st_size
+            if size - before < SLOWEST:
+                raise TimeoutError(f"only {size - before:,} bytes came in {PATIENCE} s")
+            if size > LARGEST:
+                raise OSError(f"more than {LARGEST:,} bytes came")
+            before = size
+        answer.result()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def stay_safe(response, **_):
+    """Refuse to be redirected from https to http."""
+    target = response.headers.get("location", "")
+    if response.url.startswith("https:") and target.lower().startswith("http:"):
+        raise OSError(f"the server redirects to {target}")
