@@ -1,7 +1,6 @@
-"""Many processes as one job, over MPI (mpi4py): data parallel training, and sweeps that share out their runs.
+"""Several processes that train one network together, over MPI (mpi4py).
 
-    mpirun -n 8 python exp_resnet_imagenet.py --width 128      one run: each rank takes an eighth of every batch
-    mpirun -n 8 python exp_resnet_cifar.py --sweep fig6        many runs: each rank trains one at a time
+    mpirun -n 8 python exp_resnet_imagenet.py --width 128      each rank takes an eighth of every batch
 
 The batch is that of the whole job, so the number of ranks changes rounding and the batch that BatchNorm sees, and
 nothing else: order, crops, masks, learning rate and checkpoints are the same. After the backward pass each rank's
@@ -13,7 +12,6 @@ Started without mpirun, or with one rank, nothing of this is done and mpi4py is 
 import functools
 import hashlib
 import os
-import threading
 import time
 
 import numpy as np
@@ -22,8 +20,9 @@ import nn
 
 # How many processes the launcher started: MPICH, Intel MPI and Slurm's pmi2; Open MPI; MVAPICH; Slurm's pmix
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 BUCKET = 2**22  # bytes added up at a time: the sum of one bucket runs while the next is put together
-POLL_EVERY = 0.01  # seconds between looks at whether something has arrived; MPI's own waiting keeps a core busy
+POLL_EVERY = 0.01  # seconds between looks at whether the others are there; MPI's own waiting keeps a core busy
 
 
 class JobError(Exception):
@@ -35,14 +34,9 @@ class Alone:
 
     rank, size = 0, 1
     here = 0  # which of the ranks of this machine; it computes on the GPU of that number, if on any
-    part = property(lambda self: (self.rank, self.size))  # what data sets take to find this rank's examples
 
     def sum(self, *values):
-        """Each of these numbers added up over all ranks."""
-        return values
-
-    def sum_when_ready(self, *values):
-        """The same, where ranks may wait long for each other."""
+        """Each of these numbers or arrays added up over all ranks."""
         return values
 
     def average(self, model, share):
@@ -53,19 +47,12 @@ class Alone:
     def check_same(self, when, what, *arrays):
         """Raise JobError unless these arrays are the same on all ranks, to the bit."""
 
+    def wait(self):
+        """Until all ranks are here."""
+
     def broadcast(self, value):
         """Rank 0's value, on all ranks."""
         return value
-
-    def first_here(self, work):
-        """work() on rank 0 before the others, so that what it downloads or generates is there for them."""
-        return work()
-
-    def hand_out(self, count):
-        """A generator of numbers below count, in order, each given to one rank: to whichever asks next. A rank that
-        closes it takes no more, and no rank is given any after that.
-        """
-        yield from range(count)
 
     def abort(self, code):
         """End the processes of all ranks with this exit code."""
@@ -82,21 +69,19 @@ class Ranks(Alone):
         self.here = self.local.rank
 
     def sum(self, *values):
-        total = np.array([float(v) for v in values])
+        arrays = [np.asarray(nn.to_host(v) if hasattr(v, "shape") else v, np.float64) for v in values]
+        total = np.concatenate([a.reshape(-1) for a in arrays])
         self.comm.Allreduce(self.mpi.IN_PLACE, total)
-        return tuple(total.tolist())
-
-    def sum_when_ready(self, *values):
-        self.pause(self.comm.Ibarrier())
-        return self.sum(*values)
+        parts = np.split(total, np.cumsum([a.size for a in arrays])[:-1])
+        return [part.reshape(a.shape) for part, a in zip(parts, arrays)]
 
     def average(self, model, share):
         pieces = []  # (array, which of its entries) of everything to be averaged, flat; masked entries stay at home
         for p in model.parameters():
-            p.grad = nn.stored(nn.xp.zeros_like(p.data) if p.grad is None else p.grad)
+            p.grad = nn.engine.parameter(nn.xp.zeros_like(p.data) if p.grad is None else p.grad)
             # A GPU would have to be waited for to say how many entries a mask has.
-            dense = p.mask is None or nn.gpu
-            pieces.append((nn.flat(p.grad), slice(None) if dense else p.mask.reshape(-1) if p.kept is None else p.kept))
+            dense = p.mask is None or nn.xp is not np
+            pieces.append((flat(p.grad), slice(None) if dense else p.mask.reshape(-1)))
         pieces += [(array.reshape(-1), slice(None)) for _, array in model.named_arrays(nn.xp.ndarray)]
         pending = []  # the bucket whose sum runs while the next one is put together
         for places, total in buckets(pieces):
@@ -131,84 +116,22 @@ class Ranks(Alone):
             raise JobError(f"{when} rank {other[0]} does not have the {what} of rank 0; all ranks need the same "
                            "versions of this code, of NumPy and of the data, and the same kind of device")
 
-    def broadcast(self, value):
-        self.pause(self.comm.Ibarrier())  # rank 0 may have worked for long
-        return self.comm.bcast(value)
-
-    def first_here(self, work):
-        if self.rank == 0:
-            value = work()
-        self.broadcast(None)
-        return value if self.rank == 0 else work()
-
-    def pause(self, request):
-        """Wait for a request without keeping a core busy."""
+    def wait(self):
+        request = self.comm.Ibarrier()
         while not request.Test():
             time.sleep(POLL_EVERY)
 
-    def hand_out(self, count):
-        # The other ranks send ASK or LEAVE to rank 0. A thread there answers each ASK with a number, or with None once
-        # there are no more, and ends when all have left or were told None.
-        comm, desk = self.comm.Dup(), Desk(count)
-        if self.rank == 0:
-            clerk = threading.Thread(target=self.serve, args=(comm, desk), daemon=True)
-            clerk.start()
-            try:
-                while (number := desk.take()) is not None:
-                    yield number
-            finally:
-                desk.close()
-                while clerk.is_alive():  # in short waits, so that signals are seen
-                    clerk.join(POLL_EVERY)
-        else:
-            number = None
-            try:
-                while (number := self.ask(comm)) is not None:
-                    yield number
-            finally:
-                if number is not None:
-                    comm.send(LEAVE, 0)
-
-    def serve(self, comm, desk):
-        left = self.size - 1
-        while left:
-            status = self.mpi.Status()
-            while not comm.Iprobe(status=status):
-                time.sleep(POLL_EVERY)
-            if comm.recv(source=status.source) == LEAVE:
-                desk.close()
-                left -= 1
-            else:
-                number = desk.take()
-                comm.send(number, status.source)
-                left -= number is None
-
-    def ask(self, comm):
-        comm.send(ASK, 0)
-        while not comm.Iprobe(source=0):
-            time.sleep(POLL_EVERY)
-        return comm.recv(source=0)
+    def broadcast(self, value):
+        self.wait()  # rank 0 may have worked for long
+        return self.comm.bcast(value)
 
     def abort(self, code):
         self.comm.Abort(code)
 
 
-ASK, LEAVE = "ask", "leave"
-
-
-class Desk:
-    """The numbers below count, each given once, by any thread; none once it is closed."""
-
-    def __init__(self, count):
-        self.numbers, self.lock = iter(range(count)), threading.Lock()
-
-    def take(self):
-        with self.lock:
-            return next(self.numbers, None)
-
-    def close(self):
-        with self.lock:
-            self.numbers = iter(())
+def flat(array):
+    """All entries of an array in the order of memory, (N, C, H, W) or on a GPU (N, H, W, C): a view of one axis."""
+    return array.reshape(-1) if array.flags.c_contiguous else array.transpose(0, 2, 3, 1).reshape(-1)
 
 
 def buckets(pieces):
@@ -258,10 +181,13 @@ def world():
 
 
 def share_cores(local):
-    """Let BLAS, and conv.py with it, use this process's part of the machine's cores, unless the user said how many."""
+    """Let BLAS, and engines.host with it, use this process's part of the machine, unless the user chose threads.
+
+    local: a communicator of the ranks of this machine.
+    """
     from threadpoolctl import threadpool_limits
 
-    if any(os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+    if any(os.environ.get(name) for name in THREADS):
         return
     cores = len(allowed := os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bound = hasattr(os, "sched_getaffinity") and len(set().union(*local.allgather(allowed))) > cores

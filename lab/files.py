@@ -2,7 +2,7 @@
 
     write_whole(path, content)            all of it or what was there before, even if the power goes
     save_arrays(arrays), load_arrays()    an .npz that carries the SHA-256 of itself; nothing is unpickled
-    with hold(folder) as mine: ...        one process at a time, on any file system
+    with locked(path): ...                one process at a time, on any file system
 """
 
 import contextlib
@@ -13,10 +13,8 @@ import io
 import json
 import math
 import os
-import socket
-import threading
-import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 
@@ -32,17 +30,12 @@ class FileFault(Exception):
 def whole_or_not(path):
     """A file open for writing that gets the name `path` only when everything is written and on the disk.
 
-    Its folder must be there. What writers of `path` that were killed left behind is removed; an OSError names `path`.
+    Its folder must be there. An OSError names `path`.
     """
-    mark = f".{path.name}."
-    temporary = path.with_name(f"{mark}{this_process()}.tmp")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            now = os.fstat(file.fileno()).st_mtime
-            for old in path.parent.glob(f"{glob.escape(mark)}*.tmp"):
-                with contextlib.suppress(FileNotFoundError):
-                    if not alive(old.name[len(mark) : -len(".tmp")], now - old.stat().st_mtime):
-                        old.unlink()
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -75,9 +68,9 @@ def write_whole(path, content):
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def remove_leftovers(folder):
-    """Remove what writers that were killed left behind; call it where nobody else can be writing."""
-    for path in folder.glob(".*.tmp"):
+def remove_leftovers(folder, name="*"):
+    """Remove what killed writers of files of this name left in a folder; call it where nobody else can be writing."""
+    for path in Path(folder).glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -174,152 +167,42 @@ def read_array(archive, info):
 
 # ---------------------------------------------------------------------------------------------- locks
 
-STALE_AFTER = 600  # seconds without a sign of life after which another host's claim is given up
-SIGN_EVERY = 60
-PATIENCE = 10  # seconds for another process to withdraw its claim, or to say that it was granted; both take it moments
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # file systems without
 
 
 @contextlib.contextmanager
-def hold(folder):
-    """True while this process holds the lock of a folder, False if another process has it.
+def locked(path, wait=True):
+    """True while this process alone has the lock of a file or whatever else `path` names; waits as long as another one
+    has it. Without wait: False then. The folder is made; what killed writers of the file left there is removed.
 
-    The operating system ends the hold when the process ends in whatever way. Where it has no locks for this file
-    system, a claim is a file that tells host and process.
+    The lock is .NAME.lock beside it. The operating system ends it with its process. Where it has none for this file
+    system, .NAME.lock.soft tells host and process: that of a process that has ended is taken over on the same host; if
+    all of a host has ended, the file has to be removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+b") as file:
-        try:
-            lock_file(file)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                yield False
-                return
-            with claim(folder) as mine:
-                yield mine
-        else:
-            yield True
+    import filelock  # a tenth of a second, which --help need not take
 
-
-def lock_file(file):
-    """Lock an open file for this process without waiting; OSError if another process has it."""
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextlib.contextmanager
-def claim(folder):
-    """True while this process alone has a claim on the folder, False if another one has.
-
-    A claim is a file claim.HOST.PROCESS.BORN, empty until it is granted. Each process makes its own first and looks
-    for others then: of two, the second to come must see the first, so no two find themselves alone.
-    """
-    me = folder / f"claim.{this_process()}"
+    path = Path(path)
+    name = path.with_name(f".{path.name}.lock")
+    lock = filelock.FileLock(name, fallback_to_soft=False)
     try:
-        open(me, "x").close()
-    except FileExistsError:  # another thread of this process
-        yield False
-        return
+        mine = acquired(lock, -1 if wait else 0)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        lock = filelock.SoftFileLock(f"{name}.soft")
+        mine = acquired(lock, -1 if wait else 0.1)  # where names cannot be exchanged, a second look takes over
     try:
-        mine = granted(me)
-        if not mine:
-            me.unlink(missing_ok=True)
-        with showing_life(me) if mine else contextlib.nullcontext():
-            yield mine
+        if mine:
+            remove_leftovers(path.parent, path.name)
+        yield mine
     finally:
-        me.unlink(missing_ok=True)
+        if mine:
+            lock.release()
 
 
-def granted(me):
-    """Whether a claim just made is, or soon becomes, the first of all that there are.
-
-    Those that were there when it was made are looked at until none is left; those made later see it and look at it. Of
-    two made at the same moment, the one whose name comes later withdraws.
-    """
-    now = me.stat().st_mtime  # by the clock of the file server, as that of all other claims
-    others = [path for path in me.parent.glob("claim.*") if path != me]
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        others = [path for path in others if not gone(path, now)]
-        if not others:
-            me.write_text("granted")
-            return True
-        if any(path.name < me.name or is_granted(path) for path in others):
-            return False
-        time.sleep(0.01)
-    return False
-
-
-def gone(path, now):
-    """Whether a claim was withdrawn, or is that of a process that has ended: then it is removed."""
+def acquired(lock, seconds):
     try:
-        if alive(path.name.partition(".")[2], now - path.stat().st_mtime):
-            return False
-        path.unlink()
-    except FileNotFoundError:
-        pass
+        lock.acquire(timeout=seconds)
+    except TimeoutError:
+        return False
     return True
-
-
-def is_granted(path):
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:
-        return False
-
-
-@contextlib.contextmanager
-def showing_life(path):
-    """Touch a file every now and then, from a thread."""
-    ended = threading.Event()
-
-    def touch():
-        while not ended.wait(SIGN_EVERY):
-            with contextlib.suppress(OSError):
-                os.utime(path)
-
-    thread = threading.Thread(target=touch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def this_process():
-    """This process as "HOST.PROCESS.BORN", a name that no other one ever has."""
-    return f"{socket.gethostname()}.{os.getpid()}.{born(os.getpid())}"
-
-
-def alive(owner, silence):
-    """Whether the process this_process() called `owner` may be alive: known on this host; on another one it may be if
-    it has not been silent, its file not changed, for too many seconds.
-    """
-    host, process, then = owner.rsplit(".", 2) if owner.count(".") > 1 else ("", "", "")
-    if host != socket.gethostname():
-        return silence < STALE_AFTER
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:  # a process of another user
-        return True
-    return then == f"{born(process)}"
-
-
-def born(process):
-    """When a process was started, in the kernel's ticks: a number that is used again is another process.
-
-    None if it has ended, even if nobody has asked for its exit code yet, and where the system does not tell.
-    """
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        with open(f"/proc/{process}/stat") as file:
-            state = file.read().rpartition(")")[2].split()
-            return None if state[0] in "ZX" else int(state[19])

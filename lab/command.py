@@ -1,6 +1,6 @@
 """The command line of the experiments: --help is made from their Settings and Figures.
 
-    sys.exit(command.main(EXPERIMENT))
+    sys.exit(lab.main(EXPERIMENT))
 """
 
 import argparse
@@ -13,18 +13,19 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-import distributed
 import nn
-from figures import plot
-from together import train_groups
-from train import EXPECTED, Progress, Run, UsageError, percent, sweep, sweep_in_processes
+from lab.figures import plot
+from lab.processes import Alone, world
+from lab.run import EXPECTED, Progress, Run, percent
+from lab.settings import UsageError, flag
+from lab.sweep import sweep, sweep_in_processes
 
 
 class Parser(argparse.ArgumentParser):
     """Mistakes on the command line end in one sentence and exit code 2; of several ranks the first says it."""
 
     def _print_message(self, message, file=None):
-        if distributed.world().rank == 0:
+        if world().rank == 0:
             super()._print_message(message, file)
 
     def error(self, message):
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(experiment, argv):
     """The command line as (Settings, namespace of what to do with them)."""
-    parser = Parser(prog=experiment.script, description=experiment.description, allow_abbrev=False,
+    parser = Parser(prog=experiment.command, description=experiment.description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(experiment.figures)
     todo = parser.add_argument_group(f"figures and sweeps (FIGURE is one of {names})")
@@ -54,13 +55,12 @@ def parse(experiment, argv):
     for f in fields(experiment.settings):
         kind = types[f.name]
         kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # float | None -> float
-        flag, default = f"--{f.name.replace('_', '-')}", f.default
-        help = f"{f.metadata['help']} (default: {default})" if kind is not bool else f.metadata["help"]
+        help = f"{f.metadata['help']} (default: {f.default})" if kind is not bool else f.metadata["help"]
         if kind is bool:
-            action = argparse.BooleanOptionalAction if default else "store_true"
-            group.add_argument(flag, action=action, default=default, help=help)
+            action = argparse.BooleanOptionalAction if f.default else "store_true"
+            group.add_argument(flag(f.name), action=action, default=f.default, help=help)
         else:
-            group.add_argument(flag, type=kind, default=default, help=help, metavar=kind.__name__[0].upper())
+            group.add_argument(flag(f.name), type=kind, default=f.default, help=help, metavar=kind.__name__[0].upper())
     given = {word.split("=")[0] for word in argv}
     if "--quick" in given:
         parser.set_defaults(**experiment.quick)
@@ -72,10 +72,9 @@ def parse(experiment, argv):
         raise UsageError("only one of --sweep, --list and --plot can be done at a time")
     if asked and asked[0] not in experiment.figures:
         raise UsageError(f"there is no figure {asked[0]!r}; there are {names}")
-    for name, instead in experiment.figures_ignore.items():
-        flag = f"--{name.replace('_', '-')}"
-        if (asked or todo.quick_figure) and flag in given:
-            raise UsageError(f"figures take {instead}; {flag} is for a single network")
+    for name, instead in experiment.figures_choose.items():
+        if (asked or todo.quick_figure) and flag(name) in given:
+            raise UsageError(f"figures take {instead}; {flag(name)} is for a single network")
     settings.check()
     return settings, todo
 
@@ -83,27 +82,46 @@ def parse(experiment, argv):
 # ---------------------------------------------------------------------------------------------- what a run would take
 
 
-def estimate(run, steps=20):
-    """(layer table, seconds, bytes of memory, the card's on a GPU, bytes of disk) of a run, from a few timed steps."""
-    s = run.settings
-    dataset, model, optimizer, schedule = run.prepare()
-    optimizer.lr = 0  # the estimate must not depend on how training would go
-    progress, training = Progress(), run.steps(dataset, model, optimizer)
-    timed, begin = [], time.perf_counter()
-    for _ in training.train(progress):  # the preparation of batches counts where it takes longer
-        training.read(progress)  # waits for a GPU
-        timed.append(-begin + (begin := time.perf_counter()))
-        counted = timed[training.slow :]
-        if len(counted) == steps or len(counted) > 1 and np.sum(counted) > 5:
-            break
-    timed = timed[training.slow :] or timed[-1:]
-    testing = training.time_of_evaluation()
-    seconds = s.epochs * (float(np.median(timed)) * math.ceil(len(dataset.train_labels) / s.batch) + testing)
-    arrays = [*model.state_dict().values(), *optimizer.state_dict().values()]
-    table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
-             f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
-    table.append(f"  {nn.weight_count(model):,} weights in all")
-    return table, seconds, training.memory() or peak_memory(), sum(a.nbytes for a in arrays) + 100 * s.epochs
+class DryRun(Run):
+    """A run that times a few steps and leaves nothing behind. memory: of the GPU on one, else of this process."""
+
+    STEPS, ENOUGH = 20, 5  # that are timed, and seconds after which fewer do
+    SLOW = {"cpu": 0, "gpu": 3}  # steps that are slower than those that follow: compiled, planned and captured by then
+
+    def epochs(self, model, optimizer):
+        self.model, self.optimizer, self.sums_of_none, self.share = model, optimizer, nn.xp.zeros(2), 1.0
+        self.progress = Progress()
+        yield 0
+        self.table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
+                      f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
+        self.table.append(f"  {nn.weight_count(model):,} weights in all")
+        arrays = [*model.state_dict().values(), *optimizer.state_dict().values()]
+        self.disk = sum(a.nbytes for a in arrays) + 100 * self.settings.epochs
+        self.memory = nn.engine.memory() or peak_memory()
+        self.seconds = self.settings.epochs * (self.training + self.testing)
+
+    def training_batches(self, dataset):
+        s = self.settings
+        self.optimizer.lr = 0  # the estimate must not depend on how training would go
+        step = yield from self.timed(dataset.train_batches(s.batch, s.seed, 0))
+        self.training = step * math.ceil(len(dataset.train_labels) / s.batch)
+
+    def test_batches(self, dataset, batch):
+        step = yield from self.timed(dataset.test_batches(batch))
+        self.testing = step * len(dataset.test_labels) / min(batch, len(dataset.test_labels))
+
+    def timed(self, batches):
+        """Some of the batches; returns the median time of what is done with one, or of making it where that is more."""
+        times, slow, self.counted = [], self.SLOW[nn.engine.name], self.sums_of_none
+        begin = time.perf_counter()
+        for batch in batches:
+            yield batch
+            nn.engine.synchronize()
+            times.append(-begin + (begin := time.perf_counter()))
+            counted = times[slow:]
+            if len(counted) == self.STEPS or len(counted) > 1 and np.sum(counted) > self.ENOUGH:
+                break
+        return float(np.median(times[slow:] or times[-1:]))
 
 
 def peak_memory():
@@ -126,36 +144,43 @@ def dry_run(experiment, runs):
     """Say what would be trained and what it would take; runs that differ in the seed alone take the same."""
     total, most, estimates = 0.0, 0, {}
     for settings in runs:
-        run = Run(experiment, settings)
+        run = DryRun(experiment, settings)
         if run.done():
             print(f"{settings.run_name()}: {run.status()}")
             continue
         network = replace(settings, seed=0)
         if network not in estimates:
-            estimates[network] = estimate(run)
-        layers, seconds, memory, disk = estimates[network]
-        total, most = total + seconds, max(most, memory)
-        print(f"{settings.run_name()}: about {duration(seconds)}, {disk / 2**20:.1f} MB of disk")
+            with np.errstate(over="ignore", invalid="ignore"):
+                experiment.train(run)
+            run.model = run.optimizer = None  # the next one needs the memory
+            estimates[network] = run
+        run = estimates[network]
+        total, most = total + run.seconds, max(most, run.memory)
+        print(f"{settings.run_name()}: about {duration(run.seconds)}, {run.disk / 2**20:.1f} MB of disk")
         if len(runs) == 1:
-            print(*layers, sep="\n")
+            print(*run.table, sep="\n")
     if estimates:
         print(f"about {duration(total)} in all for one process, which holds {most / 2**20:.0f} MB of "
-              f"{'the card' if nn.gpu else 'memory'} at most")
+              f"{'the GPU' if nn.engine.name == 'gpu' else 'memory'} at most")
+
+
+# ---------------------------------------------------------------------------------------------- what is done
 
 
 def perform(experiment, settings, todo, argv, ranks):
     """Do what the command line asks for; returns the exit code."""
-    actions = [act for name, (_, act) in experiment.actions.items() if vars(todo)[name]]
+    actions = [act for name, (_, act) in experiment.actions.items() if vars(todo)[name.replace("-", "_")]]
     if ranks.rank and (actions or todo.plot or todo.list or todo.dry_run):  # what one process does
         return 0
     for act in actions:
         act(settings)
     if actions:
         return 0
+    name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list or todo.plot
+    settings = settings.on_device(ranks.here, 1 if name else ranks.size, training=not (todo.list or todo.plot))
     if todo.plot:
-        plot(experiment, todo.plot, settings, todo.metric, todo.record)
+        plot(experiment, name, settings, todo.metric, todo.record)
         return 0
-    name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list
     if name and not experiment.figures[name].trained:
         raise UsageError(f"{name} needs no training; --plot {name} draws it")
     runs = experiment.figures[name].runs(settings) if name else [settings]
@@ -167,22 +192,15 @@ def perform(experiment, settings, todo, argv, ranks):
         print(*experiment.figures[name].notes(settings),
               f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done", sep="\n")
         return 0
-    settings.use_device(ranks.here)
     if todo.dry_run:
         dry_run(experiment, runs)
         return 0
     if not name:
         return train_one(Run(experiment, settings, ranks))
-    in_processes = ranks.size == 1 and settings.jobs > 1 and not todo.worker
-    if in_processes or ranks.size > 1:  # what has to be downloaded or generated is so once, before several ask for it
-        ranks.first_here(lambda: experiment.load(runs[0]))
-    if in_processes:
-        failed = sweep_in_processes(min(settings.jobs, len(runs)), sys.argv[0], argv)
+    if ranks.size == 1 and settings.jobs > 1 and not todo.worker:
+        failed = sweep_in_processes(min(settings.jobs, len(runs)), experiment.script, argv)
     else:
-        runs = [Run(experiment, s) for s in runs]
-        if nn.gpu and experiment.together and ranks.size == 1:
-            train_groups(runs)
-        failed = 1 if sweep(runs, ranks, not todo.worker and ranks.size == 1) else 0
+        failed = 1 if sweep([Run(experiment, s) for s in runs], ranks, not todo.worker and ranks.size == 1) else 0
     if todo.quick_figure and not failed and not todo.worker and ranks.rank == 0:
         plot(experiment, name, settings, todo.metric, record=False)
     return failed
@@ -192,7 +210,7 @@ def train_one(run):
     with run.lock() as mine:
         if not mine:
             raise UsageError(f"another process is training {run.folder}")
-        result = run.ranks.broadcast(run.result()) or run.train()
+        result = run.ranks.broadcast(run.result()) or run.perform()
     run.say(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
             f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "
             f"{result['epochs']} epochs in {result['seconds']:.0f} s")
@@ -202,20 +220,19 @@ def train_one(run):
 def main(experiment, argv=None):
     """The command line of an experiment; returns the exit code. A rank that fails ends the whole job."""
     argv = sys.argv[1:] if argv is None else argv
-    ranks, performing = distributed.Alone(), False
+    ranks, performing, script = Alone(), False, experiment.command
     try:
-        ranks = distributed.world()
+        ranks = world()
         settings, todo = parse(experiment, argv)
         performing = True
         return perform(experiment, settings, todo, argv, ranks)
     except EXPECTED as error:
-        message, code = f"{experiment.script}: {error}", 2
+        message, code = f"{script}: {error}", 2
     except OSError as error:
         mendable = isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError))  # a wrong setting
-        message = f"{experiment.script}: {error.filename or 'a file'}: {error.strerror or error}"
-        code = 2 if mendable else 1
+        message, code = f"{script}: {error.filename or 'a file'}: {error.strerror or error}", 2 if mendable else 1
     except MemoryError as error:
-        message, code = f"{experiment.script}: there is not enough memory for this ({error}); --dry-run estimates it", 1
+        message, code = f"{script}: there is not enough memory for this ({error}); --dry-run estimates it", 1
     except KeyboardInterrupt:  # outside of training, where nothing is lost
         message, code = "", 130
     except Exception:

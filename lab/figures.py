@@ -1,0 +1,372 @@
+"""Figures: drawn from the runs that are on disk or recorded, with their tables "paper / ours / command".
+
+    figure = Figure("accuracy over width", runs, draw, paper)      # runs(settings), draw(points, metric): see below
+    plot(experiment, "fig6", settings, "best", record=False)
+
+A record in results/ holds a figure's numbers, one line a run, and what made them. It may hold a part of the runs and
+grow: recording a figure again keeps the rows of runs that are not on this disk. What is drawn for the figures of the
+experiments is in draw_mlp.py and draw_resnet.py, made of the parts at the end here.
+"""
+
+import json
+import math
+import sys
+import textwrap
+import typing
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from lab.files import FileFault, as_json, read_json, write_whole
+from lab.run import Run, check_result, percent
+from lab.settings import Settings, UsageError
+
+RECORDS = Path(__file__).resolve().parent.parent / "results"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the paper, or one of our own.
+
+    runs(settings) -> the Settings of every run it shows; draw(points, metric) -> (matplotlib Figure, [lines that
+    sum it up]); paper(settings) -> what the paper says of these settings (None: nothing); compute(settings) -> what
+    it shows beside runs, as JSON that draw gets as a third argument: kept in OUT and in the record. trained: whether
+    it shows what comes out of the runs; otherwise it only needs their settings and can be drawn at once. quantity: what
+    its table lists. notes(settings) -> lines that belong to the list of its runs and to its table.
+    """
+
+    help: str
+    runs: typing.Callable
+    draw: typing.Callable
+    paper: typing.Callable = lambda settings: None
+    compute: typing.Callable | None = None
+    trained: bool = True
+    quantity: str = "test_acc"
+    notes: typing.Callable = lambda settings: []
+
+
+@dataclass(frozen=True)
+class Point:
+    """Runs that differ only in their seed. settings: those of the first; results: of the runs that are done."""
+
+    settings: Settings
+    results: tuple
+    missing: int = 0  # runs that are not done
+
+    @property
+    def finished(self):
+        """The results of the runs that reached the end: those that did not diverge."""
+        return [r for r in self.results if not r["diverged"]]
+
+    def values(self, name):
+        """This quantity of every run that reached the end."""
+        return [r[name] for r in self.finished]
+
+    def mean(self, name):
+        return float(np.mean(self.values(name))) if self.values(name) else math.nan
+
+    def std(self, name):
+        """Standard deviation over seeds, 0 for a single one."""
+        return float(np.std(self.values(name), ddof=1)) if len(self.values(name)) > 1 else 0.0
+
+
+def points(runs, results):
+    """Group (settings, result or None) by everything but the seed."""
+    groups = {}
+    for settings, result in zip(runs, results):
+        groups.setdefault(replace(settings, seed=0), []).append((settings, result))
+    return [Point(group[0][0], tuple(r for _, r in group if r), sum(not r for _, r in group))
+            for group in groups.values()]
+
+
+def over_seeds(settings, runs, default):
+    """Every run with the seeds from settings.seed on; as many as --seeds says, else `default`."""
+    return [replace(run, seed=settings.seed + i) for run in runs for i in range(settings.seeds or default)]
+
+
+def departures(settings, ignore=()):
+    """["lr 0.01", ...]: what differs from the paper's protocol, which is the defaults of the settings' class.
+
+    Which data set, seed and network of a figure it is (width, base_width, dense, kind) is no part of the protocol.
+    """
+    ignore = {"data", "seed", "width", "base_width", "dense", "kind", *ignore}
+    changed = {f.name: getattr(settings, f.name) for f in fields(settings)
+               if not f.metadata["place"] and f.name not in ignore and getattr(settings, f.name) != f.default}
+    return [f"{name.replace('_', ' ')} {value}" for name, value in changed.items()
+            if (name, value) != ("precision", "tf32")]  # what auto is on a GPU
+
+
+# ---------------------------------------------------------------------------------------------- tables and records
+
+
+def table(figure, points, metric, script):
+    """Lines "paper / ours (mean, deviation, seeds) / command" of the points that are done or that the paper states."""
+    name, what = f"{metric}_{figure.quantity}", KINDS[figure.quantity]
+    yield f"{'paper':>12}  {f'ours: {metric} {what} accuracy':30}  command of the first seed"
+    for p in points:
+        count, diverged = len(p.finished), len(p.results) - len(p.finished)
+        spread = f" ± {100 * p.std(name):.2f}" if count > 1 else ""
+        ours = f"{percent(p.mean(name))}{spread} ({count})" if p.results else "missing"
+        ours += f", {diverged} diverged" if diverged else ""
+        stated = figure.paper(p.settings)
+        if p.results or stated:
+            yield f"{stated or '-':>12}  {ours:30}  {p.settings.command(script)}"
+
+
+def file_name(experiment, name, data):
+    """What a figure's files are called: "resnet_cifar_fig6", with the data set if it is not the experiment's own."""
+    return "_".join([experiment.name, *([data] if data != experiment.settings.data else []), name])
+
+
+def record_path(experiment, name, data):
+    return RECORDS / f"{file_name(experiment, name, data)}.json"
+
+
+def readable(read):
+    """read(), None with a word on the screen if what it reads is not what it should be."""
+    try:
+        return read()
+    except FileFault as fault:
+        print(f"left out: {fault}", file=sys.stderr)
+
+
+def read_record(path):
+    """A record as (all but its rows, {(data set, run): row}); both empty if there is none. Bad rows are left out."""
+    record, rows = read_json(path), {}
+    if record is None:
+        return {}, {}
+    if not isinstance(record, dict) or not isinstance(record.get("runs"), list):
+        raise FileFault(f"{path}: a record has a list of runs")
+    for number, row in enumerate(record.pop("runs"), 1):
+        readable(lambda: rows.update({row_key(row, path, number): row}))
+    return record, rows
+
+
+def row_key(row, path, number):
+    """(data set, run) of a row; FileFault that names it by its run, or by its number, if it is none."""
+    run = row.get("run") if isinstance(row, dict) else None
+    where = f"{path}, run {run if isinstance(run, str) else number}"
+    if row is None or not isinstance(check_result(row, where).get("data"), str) or not isinstance(run, str):
+        raise FileFault(f"{where}: a row names its data and its run")
+    return row["data"], run
+
+
+def row_of(settings, result):
+    """A run's line in a record: its result, or the line that was there."""
+    if "run" in result:
+        return result
+    keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
+            "final_train_acc", "epochs", "seconds")
+    ranks = config_of(result).get("ranks", [1])  # that trained it
+    return ({"data": settings.data, "run": settings.run_name()} | {k: result[k] for k in keep}
+            | ({"ranks": ranks} if ranks != [1] else {}))
+
+
+def config_of(result):
+    config = result.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def record_of(experiment, name, settings, runs, results, before, computed=None):
+    """The small record of a figure as text: what was trained and came out, a line for each run that is done.
+
+    results: in the order of runs, rows of the record before among them; before: the head of that, whose versions stay
+    if rows do; computed: what the figure shows besides.
+    """
+    done = [(s, r) for s, r in zip(runs, results) if r]
+    versions = before.get("versions", []) if any("run" in r for _, r in done) else []
+    for made in (config_of(r).get("versions") for _, r in done):
+        versions = versions if made is None or made in versions else [*versions, made]
+    head = {"figure": name, "shows": experiment.figures[name].help, "versions": versions,
+            "command": plot_command(experiment, name, settings)}
+    head |= {"missing": len(runs) - len(done)} if len(done) < len(runs) else {}
+    head |= {"computed": computed} if computed else {}
+    rows = ",\n".join(json.dumps(row_of(s, r)) for s, r in done)
+    return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + rows + "\n]}\n"
+
+
+def plot_command(experiment, name, settings):
+    return " ".join(["python", experiment.command, "--plot", name,
+                     *settings.flags(places=("seeds", "bases", "widths"))])
+
+
+def computed_for(experiment, name, settings, runs, recorded):
+    """What the figure shows beside runs: as recorded with them, else as kept in OUT for these runs, else computed."""
+    if "computed" in recorded:
+        return recorded["computed"]
+    path = Path(settings.out, experiment.name, settings.data, f"{name},seed={settings.seed}.json")
+    about = [run.run_name() for run in runs]
+    match readable(lambda: read_json(path)):
+        case {"runs": kept_for, "computed": computed} if kept_for == about:
+            return computed
+    computed = experiment.figures[name].compute(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, as_json({"runs": about, "computed": computed}))
+    return computed
+
+
+def plot(experiment, name, settings, metric, record):
+    """Draw a figure from what is done and what is recorded, print its table, and say what is missing.
+
+    record: into results/, with a record of the numbers; else into OUT.
+    """
+    figure, runs = experiment.figures[name], experiment.figures[name].runs(settings)
+    where = record_path(experiment, name, settings.data)
+    head, rows = read_record(where) if record else readable(lambda: read_record(where)) or ({}, {})
+    on_disk = [readable(Run(experiment, s).result) for s in runs]
+    in_record = [rows.pop((s.data, s.run_name()), None) for s in runs]
+    results = [r or row for r, row in zip(on_disk, in_record)]
+    missing, recorded = results.count(None), on_disk.count(None) - results.count(None)
+    if figure.trained and missing == len(runs):
+        hint = f", or draw the recorded ones: {head['command']}" if "command" in head else ""
+        if hint and getattr(settings, "precision", None) == "tf32" and "--precision" not in hint:
+            hint += " --device cpu"  # where they were trained
+        raise UsageError(f"none of the {len(runs)} runs of {name} is done; train them with --sweep {name}{hint}")
+    if figure.trained and all(r["diverged"] for r in results if r):
+        raise UsageError(f"all {len(runs) - missing} runs of {name} that are done have diverged; "
+                         "there is nothing to draw")
+    grouped = points(runs, results)
+    computed = [computed_for(experiment, name, settings, runs, head if recorded else {})] if figure.compute else []
+    picture, summary = figure.draw(grouped, metric, *computed)
+    if figure.trained:
+        print(*table(figure, grouped, metric, experiment.command), *figure.notes(settings), "", sep="\n")
+    print(f"{name}: {figure.help}", *summary, sep="\n")
+    if figure.trained:
+        print(f"{len(runs) - missing} of {len(runs)} runs are done"
+              + (f", {recorded} of them recorded in {where.parent.name}/{where.name}" if recorded else "")
+              + (f"; --list {name} names the others, --sweep {name} trains them" if missing else ""))
+    folder = RECORDS if record else Path(settings.out, experiment.name, settings.data)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file_name(experiment, name, settings.data)}.png"
+    picture.savefig(path, dpi=150)
+    if record and figure.trained:
+        if rows:
+            print(f"{len(rows)} runs that the record had of other settings are not of this figure and leave it")
+        write_whole(where, record_of(experiment, name, settings, runs, results, head, *computed))
+    print(f"drawn to {path}")
+
+
+# ---------------------------------------------------------------------------------------------- words on pictures
+
+TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "imagenet": "ImageNet",
+          "imagenet-256": "ImageNet resized to 256", "synthetic": "Synthetic images"}
+KINDS = {"test_acc": "test", "train_acc": "training"}  # of accuracy
+
+
+def subject(points):
+    """What a figure is about: "MNIST, first 2,048 training images"."""
+    s = points[0].settings
+    return (TITLES[s.data] + (f", first {s.limit:,} training images" if s.limit else "")
+            + (f", tested on {s.held_out:,} others of them" if s.held_out else ""))
+
+
+def title(points, metric, what="test", about=(), bars=True):
+    """What a figure's numbers are, how far its runs are from the paper's protocol, and how many are missing.
+
+    about: settings that the figure is about. bars: whether it shows the deviation over seeds, if there are several.
+    """
+    s, paper = points[-1].settings, type(points[-1].settings)
+    words = [{"best": f"best {what} accuracy over ", "final": f"{what} accuracy after "}[metric]
+             + (f"{s.epochs} epochs" if s.epochs > 1 else "1 epoch")
+             + (f" (the paper: {paper.epochs})" if s.epochs != paper.epochs else "")]
+    words += departures(s, ("epochs", "limit", "held_out", *about))
+    seeds = sorted({len(p.finished) for p in points if p.finished})
+    words.append(f"mean of {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds" if seeds[-1] > 1
+                 else "1 seed")
+    last = ["bars: standard deviation over seeds"] if bars and seeds[-1] > 1 else []
+    if missing := sum(p.missing for p in points):
+        last.append(f"{missing} of {missing + sum(len(p.results) for p in points)} runs missing")
+    return "\n".join([*textwrap.wrap(", ".join(words), 96), *([", ".join(last)] if last else [])])
+
+
+def weights_of(line):
+    """"175,192 weights", or from the fewest to the most"""
+    weights = {p.finished[0]["weights"] for p in line}
+    return " to ".join(f"{n:,}" for n in sorted({min(weights), max(weights)})) + " weights"
+
+
+# ---------------------------------------------------------------------------------------------- lines over width
+
+
+def panels(columns=1, size=(7, 4.4), **options):
+    """(matplotlib figure, its panel or panels side by side)"""
+    from matplotlib.figure import Figure  # here: training takes no pictures
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(1, columns, **options)
+
+
+def describe(ax, ylabel, heading):
+    ax.set_ylabel(ylabel)
+    ax.legend(fontsize=8)
+    ax.set_title(heading, fontsize=9)
+
+
+def axes_over_width(ax, widths, unit="channels of the first stage"):
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(widths), sorted(widths), fontsize=8)
+    ax.minorticks_off()
+    ax.set_xlabel(f"width ({unit})")
+    ax.grid(alpha=0.3)
+
+
+def widths_of(points):
+    """Of those that are done."""
+    return {p.settings.width for p in points if p.finished}
+
+
+def families(points):
+    """{base: its points that are done, by width}; where dense networks have a flag of their own, without them."""
+    found = {}
+    for p in sorted(points, key=lambda p: (p.settings.base_width, p.settings.width)):
+        if p.finished and (not p.settings.dense or p.settings.width == p.settings.base_width):
+            found.setdefault(p.settings.base_width, []).append(p)
+    return found
+
+
+def sparse_and_dense(points):
+    """Lines for plot_lines: each base's sparse networks, and all dense ones."""
+    dense = [p for p in points if p.finished and (p.settings.dense or p.settings.width == p.settings.base_width)]
+    sparse = [line for line in families(points).values() if line[-1].settings.width > line[-1].settings.base_width]
+    lines = [(line, f"C{i}o-", f"sparse: {weights_of(line)} at every width") for i, line in enumerate(sparse)]
+    dense.sort(key=lambda p: p.settings.width)
+    return lines + ([(dense, "C7s--", "dense: all weights of its width")] if dense else [])
+
+
+def plot_lines(ax, lines, quantity, x=lambda point: point.settings.width):
+    """Lines (points, style, label) of accuracies in per cent, with their deviations over seeds.
+
+    Returns for each "label: 65.55 % at 8, ...", whatever x is: at these widths.
+    """
+    summary = []
+    for line, style, label in lines:
+        y, error = (100 * np.array([statistic(p, quantity) for p in line]) for statistic in (Point.mean, Point.std))
+        summary.append(f"{label}: " + ", ".join(f"{v:.2f} % at {p.settings.width}" for p, v in zip(line, y)))
+        places, far = np.array([x(p) for p in line]), starved(y)
+        ax.errorbar(places, np.where(far, np.nan, y), error, fmt=style, capsize=3, label=label)
+        off_the_scale(ax, places[far], y[far], color=style[:2])
+    return summary
+
+
+def starved(y):
+    """Which networks of a line, by width, have too few weights for it: wider than the best and 15 points below it."""
+    return (y < y.max() - 15) & (np.arange(len(y)) > y.argmax())
+
+
+def off_the_scale(ax, x, y, color, edge=0):
+    """An arrow to each starved network, which would flatten the picture of the others, at its lower or upper edge."""
+    for place, value in zip(x, y):
+        ax.annotate(f"{value:.0f} %", (place, edge), (0, 18 - 36 * edge), xycoords=ax.get_xaxis_transform(),
+                    textcoords="offset points", ha="center", va="center", color=color,
+                    bbox=dict(facecolor="white", edgecolor="none", pad=0), arrowprops=dict(arrowstyle="->", color=color))
+
+
+def accuracy_over_width(points, lines, metric, heading, quantity="test_acc", about=(), **axes):
+    """(figure, its summary) of one panel with these lines."""
+    figure, ax = panels()
+    summary = plot_lines(ax, lines, f"{metric}_{quantity}")
+    axes_over_width(ax, widths_of(points), **axes)
+    what = KINDS[quantity]
+    describe(ax, f"{metric} {what} accuracy, %", f"{heading}\n{title(points, metric, what, about)}")
+    return figure, summary

@@ -1,0 +1,451 @@
+"""One run: a network trained from its last checkpoint on, recorded every epoch, stopped and continued bit for bit.
+
+    OUT/<experiment>/<data set>/<run>/  config.json  log.csv  checkpoint.npz  result.json (last: the run is done)
+
+A script's train(run) holds the loop; perform() calls it, and the generators here do what lies between its steps.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import nn
+from engines import EngineError
+from lab.files import FileFault, as_json, load_arrays, locked, read_json, remove_leftovers, save_arrays, write_whole
+from lab.processes import Alone, JobError
+from lab.settings import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+LOOK_EVERY = 0.5  # seconds between looks at loss and accuracy (on a GPU each look waits for it)
+FORMAT = 2  # of checkpoints
+COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
+
+# errors whose message says all that there is to say
+EXPECTED = UsageError, FileFault, JobError, nn.StatisticsError, EngineError
+
+
+class Diverged(Exception):
+    """The loss is no longer finite."""
+
+
+class Run:
+    """One training run and its folder. ranks: the processes that train it together, each calling the same methods."""
+
+    def __init__(self, experiment, settings, ranks=Alone()):
+        self.experiment, self.settings, self.ranks = experiment, settings, ranks
+        self.folder = Path(settings.out, experiment.name, settings.data, settings.run_name())
+
+    # ------------------------------------------------------------------------------------------ what a script calls
+
+    def epochs(self, model, optimizer):
+        """The numbers of the epochs that are left, counted from 0; after the body of each it is recorded.
+
+        Model and optimizer take the state of the last checkpoint first. After the last epoch result.json is written.
+        """
+        self.model, self.optimizer, self.sums_of_none = model, optimizer, nn.xp.zeros(2)
+        self.stopped = self.until_the_end.enter_context(stop_signals())  # from before the first write
+        p = self.progress = self.begin()
+        self.saved = time.monotonic()
+        while p.epoch < self.settings.epochs:
+            self.clock, self.tested = time.monotonic(), (0.0, 0.0)
+            yield p.epoch
+            self.count_time()
+            p.end_epoch(float(optimizer.lr), *self.tested)
+            self.check_same_network()
+            if self.save_is_due() or p.epoch == self.settings.epochs:
+                self.save_checkpoint()
+        self.finish(diverged=False)
+
+    def training_batches(self, dataset):
+        """(x, labels) of the batches of this epoch that are left, of several ranks the share of this one, perhaps none.
+
+        After each step the sums given to count() are added up, and signals and the clock are looked at: SIGTERM and
+        SIGINT save and end the process. Raises Diverged once the loss is not finite.
+        """
+        s, p, ranks = self.settings, self.progress, self.ranks
+        count, looked = len(dataset.train_labels), time.monotonic()
+        if self.bar is None:
+            ranks.check_same("before training", "data", dataset.train_labels, dataset.test_labels)
+            steps = math.ceil(count / s.batch)  # an epoch
+            self.bar = self.until_the_end.enter_context(tqdm(
+                total=s.epochs * steps, initial=p.epoch * steps + p.step, unit="step", mininterval=0.5,
+                disable=None if self.show and ranks.rank == 0 else True))
+        for x, labels in dataset.train_batches(s.batch, s.seed, p.epoch, p.step, (ranks.rank, ranks.size)):
+            self.share, self.counted = len(labels) / min(s.batch, count - p.step * s.batch), self.sums_of_none
+            yield x, labels
+            sums, seen, stop = ranks.sum(self.counted, len(labels), len(self.stopped))
+            p.add(nn.xp.asarray(sums), int(seen))
+            self.bar.update()
+            now = time.monotonic()
+            if stop or ranks.size > 1 or now - looked > LOOK_EVERY:
+                looked = now
+                self.look()
+                if stop:
+                    self.stop()
+                if self.save_is_due():
+                    self.count_time()
+                    self.save_checkpoint()
+        self.look()
+
+    def test_batches(self, dataset, batch):
+        """(x, labels) of batches of so many examples of the test set, on each rank; the sums given to count() become
+        the epoch's test loss and accuracy. Signals end the process as they do in training.
+        """
+        ranks, seen = self.ranks, 0
+        self.counted = self.sums_of_none
+        for x, labels in dataset.test_batches(batch * ranks.size, (ranks.rank, ranks.size)):
+            if any(ranks.sum(len(self.stopped))):
+                self.stop()
+            if len(labels):
+                yield x, labels
+                seen += len(labels)
+        sums, seen = ranks.sum(nn.to_host(self.counted), seen)
+        self.tested = tuple(float(total) / max(int(seen), 1) for total in sums)
+
+    def count(self, sums):
+        """Count a batch. sums: (2,) of its summed loss and correct answers, as nn.classify gives them, or 0."""
+        self.counted = self.counted + sums
+
+    def average(self, model):
+        """Replace gradients and running estimates by their means over the ranks, each weighted by its examples."""
+        self.ranks.average(model, self.share)
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def perform(self, bar=True):
+        """Train from the last checkpoint, or from the beginning, to the end; returns the result.
+
+        Call it while holding lock(). SIGTERM and SIGINT end it after the step at hand with a checkpoint and
+        SystemExit(128 + signal). A loss that is not finite ends the run, recorded as diverged.
+        """
+        self.show, self.bar, self.stopped = bar, None, []
+        # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
+        with contextlib.ExitStack() as self.until_the_end, np.errstate(over="ignore", invalid="ignore"):
+            try:
+                self.experiment.train(self)
+            except Diverged:
+                self.check_same_network()
+                self.finish(diverged=True)
+        if self.stopped:  # asked to stop after the last step: the run is done, but what would follow must not begin
+            raise SystemExit(128 + self.stopped[0])
+        return self.finished
+
+    def begin(self):
+        """Put model and optimizer where the run is, in a folder that says so; its Progress."""
+        progress = self.load_checkpoint()
+        if self.ranks.rank == 0:
+            remove_leftovers(self.folder)
+            self.write_config(anew=progress is None)
+        about = np.array(json.dumps(self.settings.identity())), np.array(nn.engine.name)
+        self.ranks.check_same("before training", "settings", *about)
+        self.progress = progress or Progress()
+        self.check_same_network("before training")
+        return self.progress
+
+    def check_same_network(self, when=None):
+        """Raise JobError unless all ranks hold the same network."""
+        if self.ranks.size > 1:
+            state = [*self.model.state_dict().values(), *self.optimizer.state_dict().values()]
+            self.ranks.check_same(when or f"after epoch {self.progress.epoch}", "network", *state)
+
+    def look(self):
+        """Bring the numbers on the screen up to date; Diverged if they are not finite."""
+        if not math.isfinite(self.progress.read()[0]):
+            raise Diverged
+        self.bar.set_description(self.progress.description(self.settings.epochs), refresh=False)
+
+    def count_time(self):
+        """Add what has passed since the last time to the seconds of this epoch."""
+        now = time.monotonic()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+
+    def stop(self):
+        """Save and end the process, as it was asked to."""
+        self.count_time()
+        self.save_checkpoint()
+        self.say(f"stopped in epoch {self.progress.epoch + 1}; the same command goes on from here", sys.stderr)
+        self.ranks.broadcast(None)  # no rank ends before the first has saved
+        raise SystemExit(128 + (self.stopped or [signal.SIGTERM])[0])
+
+    # ------------------------------------------------------------------------------------------ what is written
+
+    def write(self, name, content):
+        """A whole file in the run's folder; of several ranks the first writes it."""
+        if self.ranks.rank == 0:
+            write_whole(self.folder / name, content)
+
+    def say(self, text, file=None):
+        """One line on the screen, beside the progress bar; of several ranks the first says it."""
+        if self.ranks.rank == 0:
+            tqdm.write(text, file)
+
+    def write_config(self, anew):
+        """config.json of a run that begins; of one that goes on, where the number of ranks or the device is another."""
+        config = None if anew else self.config()
+        if not isinstance(config, dict):
+            config = {"settings": self.settings.identity(), "versions": versions()}
+        changed = False
+        for name, value in (("ranks", self.ranks.size), ("devices", nn.engine.name)):
+            if not isinstance(config.get(name), list):
+                config[name] = []
+            if config[name][-1:] != [value]:
+                config[name].append(value)
+                changed = True
+        if changed:
+            self.write("config.json", as_json(config))
+
+    def save_is_due(self):
+        return time.monotonic() - self.saved >= self.settings.save_every
+
+    def save_checkpoint(self):
+        """checkpoint.npz with all that a bit-identical continuation needs, then log.csv."""
+        if self.ranks.rank:  # all ranks hold the same
+            return
+        arrays = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        arrays |= {f"optimizer.{k}": v for k, v in self.optimizer.state_dict().items()}
+        arrays |= {f"progress.{k}": np.asarray(v, np.float64) for k, v in self.progress.state().items()}
+        arrays["settings"] = np.asarray(json.dumps(self.settings.identity()))
+        arrays["format"] = np.asarray(FORMAT)
+        self.write("checkpoint.npz", save_arrays(arrays))
+        self.write_log()
+        self.saved = time.monotonic()
+
+    def write_log(self):
+        rows = io.StringIO()
+        writer = csv.writer(rows, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([[int(row[0]), *map(repr, map(float, row[1:]))] for row in self.progress.history])
+        self.write("log.csv", rows.getvalue())
+
+    def finish(self, diverged):
+        """Write result.json."""
+        progress = self.progress
+        if diverged:
+            self.say(f"{self.settings.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; "
+                     "recorded as diverged")
+        self.write_log()  # a cut may have come between the last checkpoint and its log
+        layers = [{"name": name, "shape": list(layer.weight.shape), "size": layer.weight.size,
+                   "kept": layer.weight.count}
+                  for name, layer in nn.layers(self.model)]
+        weights = nn.weight_count(self.model)
+        column = {name: [float(row[i]) for row in progress.history] for i, name in enumerate(COLUMNS)}
+        result = {"weights": weights, "connectivity": weights / sum(layer["size"] for layer in layers),
+                  "layers": layers, "diverged": diverged}
+        for part in ("test", "train"):
+            accuracies = column[f"{part}_acc"]
+            result[f"best_{part}_acc"] = max(accuracies, default=None)
+            result[f"final_{part}_acc"] = accuracies[-1] if accuracies else None
+        result |= {"epochs": len(progress.history), "seconds": sum(column["seconds"]), "config": self.config()}
+        if self.ranks.rank == 0:
+            (self.folder / "failed.json").unlink(missing_ok=True)
+        self.write("result.json", as_json(result))  # last: with it, the run is done
+        self.finished = result
+
+    def record_failure(self, error):
+        """Leave failed.json beside what the run has; returns the failure as one line."""
+        line = f"{error}" if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # a full disk may be what failed
+            self.write("failed.json", as_json({"error": line, "traceback": traceback.format_exception(error)}))
+        return line
+
+    # ------------------------------------------------------------------------------------------ what is read
+
+    @contextlib.contextmanager
+    def lock(self):
+        """Hold the run's folder while it is trained; yields False if another process holds it."""
+        with locked(self.folder / "run", wait=False) if self.ranks.rank == 0 else contextlib.nullcontext() as mine:
+            yield self.ranks.broadcast(mine)
+
+    def result(self):
+        """result.json as a dict, None as long as the run is not done. FileFault if it was not written by this run."""
+        path = self.folder / "result.json"
+        result = check_result(read_json(path), path)
+        match result:
+            case {"config": {"settings": dict(saved)}}:
+                self.check_same_settings(saved, f"{path}: it")
+        return result
+
+    def config(self):
+        """config.json, None if it is not there or no longer readable."""
+        with contextlib.suppress(FileFault):
+            return read_json(self.folder / "config.json")
+
+    def done(self):
+        return (self.folder / "result.json").exists()
+
+    def status(self):
+        """One line for --list."""
+        try:
+            result, failure = self.result(), read_json(self.folder / "failed.json")
+        except FileFault as fault:
+            return f"{fault}"
+        if result:
+            if result["diverged"]:
+                return f"diverged in epoch {result['epochs'] + 1}"
+            return f"done: test {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final"
+        if failure:
+            return f"failed: {failure.get('error') if isinstance(failure, dict) else failure}"
+        try:
+            with open(self.folder / "log.csv", "rb") as log:
+                return f"begun: {sum(1 for _ in log) - 1} of {self.settings.epochs} epochs"
+        except FileNotFoundError:
+            return "not begun"
+
+    def failure(self):
+        """What tells the failure on record from any other, None without one."""
+        with contextlib.suppress(FileNotFoundError):
+            status = (self.folder / "failed.json").stat()
+            return status.st_ino, status.st_mtime_ns
+
+    def load_checkpoint(self):
+        """Put the state of checkpoint.npz, as rank 0 finds it, into model and optimizer; the Progress, None without."""
+        path = self.folder / "checkpoint.npz"
+        content = self.ranks.broadcast(path.read_bytes() if self.ranks.rank == 0 and path.exists() else None)
+        if content is None:
+            return None
+        try:
+            arrays = load_arrays(content)
+            if (version := int(arrays.pop("format"))) != FORMAT:
+                raise FileFault(f"it is of format {version}, this program reads {FORMAT}")
+            self.check_same_settings(json.loads(str(arrays.pop("settings"))), "it")
+            part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")}
+                    for p in ("model", "optimizer", "progress")}
+            wrong = [f"{name} is of {part['model'][name].dtype} instead of {array.dtype}"
+                     for name, array in self.model.state_dict().items()
+                     if name in part["model"] and part["model"][name].dtype != array.dtype]
+            if wrong:
+                raise FileFault("; ".join(wrong))
+            self.model.load_state_dict(part["model"])
+            self.optimizer.load_state_dict(part["optimizer"])
+            return Progress(**part["progress"])
+        except Exception as error:  # readers raise whatever they stumble on
+            reason = error if isinstance(error, FileFault) else f"it is not of this network ({error})"
+            raise FileFault(f"{path} cannot be continued: {reason}; remove it to begin this run again") from None
+
+    def check_same_settings(self, saved, it):
+        """FileFault that begins with `it` if the settings in a file are not this run's."""
+        if wrong := self.settings.differences(saved):
+            raise FileFault(f"{it} belongs to a run with other settings: {', '.join(wrong)}")
+
+
+NUMBERS = ("weights", "connectivity", "epochs", "seconds", "best_test_acc", "final_test_acc", "best_train_acc",
+           "final_train_acc")
+
+
+def check_result(result, where):
+    """The result of a run if it is one, or None; FileFault that begins with `where` if a number in it is none."""
+    if result is None:
+        return None
+    if not isinstance(result, dict):
+        raise FileFault(f"{where}: a result is an object, not {type(result).__name__}")
+    if not isinstance(result.get("diverged"), bool):
+        raise FileFault(f"{where}: diverged is {result.get('diverged')!r} instead of true or false")
+    for name in NUMBERS:
+        value = result.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+        if not number and not (value is None and result["diverged"] and name.endswith("_acc")):
+            raise FileFault(f"{where}: {name} is {value!r} instead of a number")
+    return result
+
+
+class Progress:
+    """How far a run is: rows of the log, and sums over the part of the current epoch that is done."""
+
+    def __init__(self, history=(), epoch=0, step=0, loss_sum=0.0, correct=0, seen=0, seconds=0.0):
+        self.history = [list(map(float, row)) for row in history]
+        self.epoch, self.step, self.seen, self.seconds = int(epoch), int(step), int(seen), float(seconds)
+        self.sums = nn.xp.asarray([float(loss_sum), int(correct)])  # on the device
+
+    def state(self):
+        loss_sum, correct = self.read()
+        return dict(history=np.reshape(self.history, (-1, len(COLUMNS))), epoch=self.epoch, step=self.step,
+                    loss_sum=loss_sum, correct=correct, seen=self.seen, seconds=self.seconds)
+
+    def add(self, sums, seen):
+        """Count one step."""
+        self.step += 1
+        self.seen += seen
+        self.sums += sums
+
+    def read(self):
+        """(sum of the loss, number of correct answers)"""
+        return nn.to_host(self.sums).tolist()
+
+    def description(self, epochs):
+        loss_sum, correct = self.read()
+        return (f"epoch {self.epoch + 1}/{epochs} loss {loss_sum / self.seen:.3f} train {correct / self.seen:.2%}"
+                + (f" test {self.history[-1][COLUMNS.index('test_acc')]:.2%}" if self.history else ""))
+
+    def end_epoch(self, lr, test_loss, test_acc):
+        loss_sum, correct = self.read()
+        self.history.append([self.epoch + 1, lr, loss_sum / self.seen, correct / self.seen, test_loss, test_acc,
+                             self.seconds])
+        self.__init__(self.history, self.epoch + 1)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT put their number into, so that neither a step nor a save is cut in the middle: not
+    by a second Ctrl-C either. Only a main thread gets signals.
+    """
+    stopped, signals = [], (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        signals = ()
+    before = {sig: signal.signal(sig, lambda number, frame: stopped.append(number)) for sig in signals}
+    try:
+        yield stopped
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def percent(fraction):
+    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.2f} %"
+
+
+# ---------------------------------------------------------------------------------------------- versions
+
+
+@functools.cache
+def code_version():
+    """A hash of the project's modules and, in a git checkout, the commit."""
+    sources = [path for folder in ("", "engines", "datasets", "lab") for path in sorted((ROOT / folder).glob("*.py"))]
+    sources.append(ROOT / "engines" / "gpu.cu")
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+    def git(*words):
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = " with changes" if git("status", "--porcelain", "--", "*.py", "*.cu") else ""
+        return f"{content} on commit {git('rev-parse', '--short', 'HEAD')}{changed}"
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no checkout
+        return content
+
+
+def versions():
+    """What a record needs to be repeated: versions and machine."""
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":", 1)[1].strip() if names else processor
+    return {"python": platform.python_version(), nn.xp.__name__: nn.xp.__version__, "code": code_version(),
+            "device": nn.engine.name, **nn.engine.versions(), "processor": processor, "cores": os.cpu_count()}
