@@ -1,4 +1,4 @@
-"""What all tests share: the path to the modules, the marker `slow`, and the backends present on this machine."""
+"""What all tests share: the path to the modules, the marker `proof`, and the backends present on this machine."""
 
 import contextlib
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import simulated_gpu  # noqa: E402
 
@@ -21,13 +22,13 @@ def usable():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the long proofs")
+    parser.addoption("--proofs", action="store_true", help="also run the long proofs (tests/proofs)")
     parser.addoption("--device", choices=("auto", "cpu", "gpu"), default="auto",
                      help="test on the CPU alone, or also on a GPU (gpu: fail without one; auto: simulate it then)")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: a long proof, run with --slow")
+    config.addinivalue_line("markers", "proof: a long proof, run with --proofs")
     device = config.getoption("--device")
     config.gpu = None if device == "cpu" else "gpu" if usable() else "simulated gpu"
     if device == "gpu" and config.gpu != "gpu":
@@ -39,10 +40,11 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="a long proof: run with --slow"))
+    for item in items:
+        if HERE / "proofs" in item.path.parents:
+            item.add_marker(pytest.mark.proof)
+        if "proof" in item.keywords and not config.getoption("--proofs"):
+            item.add_marker(pytest.mark.skip(reason="a long proof: run with --proofs"))
 
 
 def pytest_generate_tests(metafunc):
@@ -82,6 +84,6 @@ def backend(request):
 
 @pytest.fixture
 def gpu(request):
-    """A function that switches to the GPU, or the simulated one, with options of gpu.Engine; afterwards to the CPU."""
+    """A function that switches to the GPU, or the simulated one, with options of its engine; afterwards to the CPU."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: stack.enter_context(computing_on(request.param, **options))

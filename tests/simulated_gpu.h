@@ -37,21 +37,10 @@ template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
 template <class T> static inline T atomicAdd(T *p, T x) { T before = *p; *p += x; return before; }
 
-template <class To, class From> static inline To same_bits(From x) {
-    static_assert(sizeof(To) == sizeof(From));
-    To y;
-    memcpy(&y, &x, sizeof y);
-    return y;
-}
-
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline double __dadd_rn(double a, double b) { return a + b; }
 static inline double __dmul_rn(double a, double b) { return a * b; }
-
-// float16 as its bits, rounded to nearest even.
-static inline unsigned short float_to_half(float x) { return same_bits<unsigned short>((_Float16)x); }
-static inline float half_to_float(unsigned short x) { return same_bits<_Float16>(x); }
 
 extern "C" __attribute__((weak, visibility("hidden"))) char __start_simulated_shared[], __stop_simulated_shared[];
 

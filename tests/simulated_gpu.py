@@ -67,7 +67,7 @@ overwritten = []  # sizes of freed allocations with a broken guard
 class Memory:
     """One allocation, alive as long as this object: `size` bytes at `ptr`, all ones at first."""
 
-    def __init__(self, size, pool):
+    def __init__(self, size):
         self.raw = np.empty(size + ALIGNMENT + GUARD.size, np.uint8)
         self.offset = -self.raw.ctypes.data % ALIGNMENT
         self.ptr, self.size = self.raw.ctypes.data + self.offset, size
@@ -77,11 +77,6 @@ class Memory:
             purge()
             bisect.insort(starts, self.ptr)
             memories[self.ptr] = weakref.ref(self)
-        self.tally, self.rounded = pool.tally, -(-size // ALIGNMENT) * ALIGNMENT
-        used, total = self.tally
-        self.tally[:] = used + self.rounded, total if used + self.rounded <= total else total + self.rounded
-        if capturing() is not None and pool is not default_pool:
-            pool.kept.append(self)  # what a graph works on belongs to its pool, not to the arrays of the capture
 
     def guarded(self):
         return (self.raw[self.offset + self.size:][:GUARD.size] == GUARD).all()
@@ -90,7 +85,6 @@ class Memory:
         if not sys.is_finalizing():
             if not self.guarded():
                 overwritten.append(self.size)
-            self.tally[0] -= self.rounded
             dead.append(self.ptr)  # the registry may be in use further up the stack: only note it
 
 
@@ -133,26 +127,26 @@ def check_guards():
 
 
 class MemoryPool:
-    """Counts what is allocated through it. Memory it gave out during a capture stays until free_all_blocks()."""
+    """Counts what is allocated through it. Memory it gave out during a capture stays as long as the pool: what a graph
+    works on belongs to its pool, not to the arrays of the capture.
+    """
 
     def __init__(self, allocator=None):
-        self.kept, self.tally = [], [0, 0]  # tally: bytes in use, bytes taken from the card
+        self.allocator = allocator or (lambda size: MemoryPointer(Memory(size), 0))
+        self.kept, self.living = [], weakref.WeakSet()
 
     def malloc(self, size):
-        return MemoryPointer(Memory(size, self), 0)
-
-    def used_bytes(self):
-        return self.tally[0]
+        pointer = self.allocator(size)
+        self.living.add(pointer.mem)
+        if capturing() is not None and self is not default_pool:
+            self.kept.append(pointer.mem)
+        return pointer
 
     def total_bytes(self):
-        return self.tally[1]
-
-    def free_bytes(self):
-        return self.tally[1] - self.tally[0]
+        return sum(-(-memory.size // ALIGNMENT) * ALIGNMENT for memory in self.living)
 
     def free_all_blocks(self, stream=None):
-        self.kept.clear()
-        self.tally[1] = self.tally[0]
+        pass
 
 
 class MemoryPointer:
@@ -161,21 +155,14 @@ class MemoryPointer:
     def __init__(self, mem, offset):
         self.mem, self.ptr = mem, mem.ptr + offset
 
-    def __add__(self, offset):
-        return MemoryPointer(self.mem, self.ptr + offset - self.mem.ptr)
-
-    def __int__(self):
-        return self.ptr
-
 
 class Local(threading.local):
-    """Current streams and pools of a thread, the innermost last."""
+    """Of a thread: the current stream, the streams entered with `with`, and the pools, the innermost last."""
 
     def __init__(self):
-        self.streams, self.pools = [], []
+        self.stream, self.streams, self.pools = null_stream, [null_stream], []
 
 
-local = Local()
 default_pool = MemoryPool()
 
 
@@ -222,27 +209,19 @@ class Stream:
 
     def __enter__(self):
         local.streams.append(self)
+        local.stream = self
         return self
 
     def __exit__(self, *error):
         local.streams.pop()
+        local.stream = local.streams[-1]  # which use() did not change
 
     def use(self):
-        local.streams[-1:] = [self]
+        local.stream = self
         return self
 
     def synchronize(self):
         refuse_capture("a wait for the stream", self)
-
-    def record(self, event=None):
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def wait_event(self, event):
-        pass
-
-    done = property(lambda self: True)
 
     def is_capturing(self):
         return self.recorded is not None
@@ -278,12 +257,9 @@ class Graph:
         for _, run, _ in self.recorded:
             run()
 
-    def upload(self, stream=None):
-        pass
-
 
 class Event:
-    def __init__(self, block=False, disable_timing=False, interprocess=False):
+    def __init__(self):
         self.time = None
 
     def record(self, stream=None):
@@ -291,8 +267,6 @@ class Event:
 
     def synchronize(self):
         refuse_capture("a wait for an event")
-
-    done = property(lambda self: True)
 
 
 def get_elapsed_time(start, end):
@@ -303,10 +277,11 @@ def get_elapsed_time(start, end):
 
 
 null_stream = Stream.null = Stream(null=True)
+local = Local()
 
 
 def get_current_stream():
-    return local.streams[-1] if local.streams else null_stream
+    return local.stream
 
 
 def capturing(stream=None):
@@ -476,7 +451,6 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     nbytes = property(lambda self: self.host.nbytes)
     itemsize = property(lambda self: self.host.itemsize)
     flags = property(lambda self: self.host.flags)
-    device = property(lambda self: Device())
     T = property(lambda self: self.transpose())
     data = property(lambda self: MemoryPointer(self.memory, self.ptr - self.memory.ptr))
     ptr = property(lambda self: self.host.ctypes.data)
@@ -488,41 +462,33 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         return (self[i] for i in range(len(self)))
 
     # To the host and from it.
-    def get(self, stream=None, order="C", out=None):
+    def get(self, stream=None, order="C"):
+        stream = stream or get_current_stream()
         refuse_capture("a copy to the host", stream)
         launches.append("copy to host")
-        if out is None:
-            return self.host.copy(order)
-        out[...] = self.host
-        return out
+        if not self.flags.c_contiguous:
+            with stream:  # as CuPy does, to put the array in order first
+                pass
+        return self.host.copy(order)
 
     def set(self, array, stream=None):
         refuse_capture("a copy to the device", stream)
         if array.shape != self.shape or array.dtype != self.dtype:
             raise ValueError(f"set() of {array.dtype} {array.shape} in an array of {self.dtype} {self.shape}")
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
         launches.append("copy to device")
         self.host[...] = array
 
     def item(self, *index):
         return self.get().item(*index)
 
-    def tolist(self):
-        return self.get().tolist()
-
-    def tobytes(self, order="C"):
-        return self.get().tobytes(order)
-
     def __bool__(self): return bool(self.get())
     def __int__(self): return int(self.get())
     def __float__(self): return float(self.get())
-    def __complex__(self): return complex(self.get())
-    def __index__(self): return operator.index(self.get())
     def __repr__(self): return repr(self.get())
     def __str__(self): return str(self.get())
     def __format__(self, spec): return format(self.get()[()], spec)
-    def __copy__(self): return self.copy()
-    def __deepcopy__(self, memo): return self.copy()
-    def __reduce__(self): return asarray, (self.get(),)
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy "
@@ -639,36 +605,14 @@ def ascontiguousarray(a, dtype=None):
     return array(a, dtype, copy=False, order="C", ndmin=1)
 
 
-def asfortranarray(a, dtype=None):
-    return array(a, dtype, copy=False, order="F", ndmin=1)
-
-
-def asnumpy(a, stream=None, order="C", out=None, blocking=True):
-    return a.get(stream, order, out) if isinstance(a, ndarray) else np.asarray(a, order=order)
-
-
 def empty(shape, dtype=float, order="C"):
     return allocate(shape, dtype, np.empty(shape, dtype, order).strides)
 
 
-def empty_like(prototype, dtype=None, order="K", subok=None, shape=None):
+def empty_like(prototype, dtype=None):
     if not isinstance(prototype, ndarray):
         raise TypeError(f"Unsupported type {type(prototype)}")
-    return empty(shape, dtype or prototype.dtype) if shape is not None else allocate_like(
-        prototype.host if order == "K" else np.empty(prototype.shape, prototype.dtype, order), dtype)
-
-
-def as_strided(x, shape=None, strides=None):
-    """A view of other strides. Its entries must lie in the allocation."""
-    view = np.lib.stride_tricks.as_strided(x.host, shape, strides)
-    low, high = np.lib.array_utils.byte_bounds(view)
-    if view.size and not x.memory.ptr <= low <= high <= x.memory.ptr + x.memory.size:
-        raise ValueError(f"as_strided({shape}, {strides}) leaves the allocation of {x.memory.size} bytes")
-    return wrap(view, x.memory, x if x.base is None else x.base)
-
-
-def get_array_module(*args):
-    return modules["cupy"] if any(isinstance(a, ndarray) for a in args) else np
+    return allocate_like(prototype.host, dtype)
 
 
 def from_numpy(name):
@@ -691,27 +635,13 @@ def from_numpy(name):
 
 
 class Device:
-    compute_capability = "90"
     id = 0
-    mem_info = (60 << 30, 80 << 30)
 
     def __init__(self, device=None):
         if device not in (None, 0):
             raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
 
     def use(self):
-        pass
-
-    def synchronize(self):
-        refuse_capture("a wait for the device")
-
-    def __int__(self):
-        return 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
         pass
 
 
@@ -779,9 +709,6 @@ class RawModule:
         library = ctypes.PyDLL(str(path))  # holds Python's lock: the state of a launch is global
         library.simulated_launch.restype = ctypes.c_char_p
         return library
-
-    def compile(self, log_stream=None):
-        self.library  # noqa: B018
 
     def get_function(self, name):
         library = self.library
@@ -866,9 +793,7 @@ heur_mode = enum.Enum("heur_mode", "A B FALLBACK OPENSOURCE")
 numerical_note = enum.Enum("numerical_note", "TENSOR_CORE DOWN_CONVERT_INPUTS REDUCED_PRECISION_REDUCTION FFT "
                            "NONDETERMINISTIC WINOGRAD WINOGRAD_TILE_4x4 WINOGRAD_TILE_6x6 WINOGRAD_TILE_13x13 "
                            "STRICT_NAN_PROP")
-behavior_note = enum.Enum("behavior_note", "RUNTIME_COMPILATION REQUIRES_FILTER_INT8x32_REORDER "
-                          "REQUIRES_BIAS_INT8x32_REORDER SUPPORTS_CUDA_GRAPH_NATIVE_API CUBLASLT_DEPENDENCY")
-STORED = {data_type.FLOAT: np.float32, data_type.DOUBLE: np.float64, data_type.HALF: np.float16,
+STORED = {data_type.FLOAT: np.float32, data_type.DOUBLE: np.float64,
           data_type.BFLOAT16: np.uint16}  # bfloat16 as its bits
 TF32 = {numerical_note.TENSOR_CORE, numerical_note.DOWN_CONVERT_INPUTS}
 
@@ -931,12 +856,9 @@ class Tensor:
         self.name, self.dim, self.stride, self.data_type, self.is_output = name, dim, stride, dtype, is_output
 
     def set_output(self, value): self.is_output = bool(value); return self  # noqa: E702
-    def set_name(self, value): self.name = value; return self  # noqa: E702
     def set_dim(self, value): self.dim = [int(n) for n in value]; return self  # noqa: E702
     def set_stride(self, value): self.stride = [int(n) for n in value]; return self  # noqa: E702
     def set_data_type(self, value): self.data_type = value; return self  # noqa: E702
-    def get_dim(self): return self.dim
-    def get_stride(self): return self.stride
 
     def extent(self):
         """Bytes from the first entry to the end of the last."""
@@ -1032,12 +954,6 @@ class pygraph:
         self.notes.update(notes)
         return self
 
-    def deselect_behavior_notes(self, notes):
-        return self
-
-    def check_support(self):
-        self.after("create_execution_plans", "create_execution_plans")
-
     def tf32(self, index):
         return index == 1 and any(a.data_type == data_type.FLOAT for _, a, _, _, _, _ in self.operations)
 
@@ -1058,10 +974,6 @@ class pygraph:
     def get_workspace_size_plan_at_index(self, index):
         self.check_index(index)
         return 128 * (index + 1)
-
-    def get_plan_name_at_index(self, index):
-        self.check_index(index)
-        return f"eng{index}_simulated"
 
     def execute_plan_at_index(self, variant_pack, workspace, index, handle=None):
         handle = handle or self.handle
@@ -1110,10 +1022,6 @@ modules = {}  # the modules, once made
 replaced = {}  # what was in sys.modules in their place
 
 
-def create_device_properties(*args):
-    raise RuntimeError("the simulated cuDNN plans for the device it runs on")
-
-
 def make_modules():
     def module(name, **content):
         modules[name] = types.ModuleType(name)
@@ -1122,24 +1030,17 @@ def make_modules():
         return modules[name]
 
     runtime = module("cupy.cuda.runtime", CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: 1,
-                     memGetInfo=lambda: Device.mem_info, getDevice=lambda: 0, runtimeGetVersion=lambda: 13000,
-                     getDeviceProperties=lambda device: {"name": b"simulated GPU", "multiProcessorCount": 132},
-                     deviceSynchronize=lambda: Device().synchronize())
-    cuda = module("cupy.cuda", runtime=runtime, is_available=lambda: True, Stream=Stream, Event=Event, Graph=Graph,
-                  Device=Device, MemoryPool=MemoryPool, MemoryPointer=MemoryPointer, using_allocator=using_allocator,
-                  get_current_stream=get_current_stream, get_elapsed_time=get_elapsed_time, get_device_id=lambda: 0,
-                  compiler=module("cupy.cuda.compiler", CompileException=CompileException),
-                  memory=module("cupy.cuda.memory", OutOfMemoryError=MemoryError, MemoryPool=MemoryPool))
-    tricks = module("cupy.lib.stride_tricks", as_strided=as_strided)
-    module("cupy", __version__="14.2.0", ndarray=ndarray, array=array, asarray=asarray, asanyarray=asarray,
-           ascontiguousarray=ascontiguousarray, asfortranarray=asfortranarray, asnumpy=asnumpy, empty=empty,
-           empty_like=empty_like, get_array_module=get_array_module, RawModule=RawModule, cuda=cuda,
-           is_available=lambda: True, lib=module("cupy.lib", stride_tricks=tricks),
+                     memGetInfo=lambda: (60 << 30, 80 << 30), runtimeGetVersion=lambda: 13000,
+                     getDeviceProperties=lambda device: {"name": b"simulated GPU"})
+    cuda = module("cupy.cuda", runtime=runtime, is_available=lambda: True, Stream=Stream, Event=Event, Device=Device,
+                  Memory=Memory, MemoryPool=MemoryPool, MemoryPointer=MemoryPointer, using_allocator=using_allocator,
+                  get_current_stream=get_current_stream, get_elapsed_time=get_elapsed_time)
+    module("cupy", __version__="14.2.0", ndarray=ndarray, array=array, asarray=asarray, empty=empty, cuda=cuda,
+           ascontiguousarray=ascontiguousarray, empty_like=empty_like, RawModule=RawModule,
            get_default_memory_pool=lambda: default_pool, __getattr__=from_numpy)
     module("cudnn", __version__="1.28.0", backend_version=lambda: 91300, data_type=data_type, heur_mode=heur_mode,
-           numerical_note=numerical_note, behavior_note=behavior_note, create_handle=Handle, set_stream=set_stream,
-           destroy_handle=destroy_handle, pygraph=pygraph, create_device_properties=create_device_properties,
-           cudnnGraphNotSupportedError=cudnnGraphNotSupportedError)
+           numerical_note=numerical_note, create_handle=Handle, destroy_handle=destroy_handle, set_stream=set_stream,
+           pygraph=pygraph)
     module("cuda", pathfinder=module("cuda.pathfinder", load_nvidia_dynamic_lib=lambda name: None))
 
 
@@ -1158,7 +1059,7 @@ def install():
 
 def uninstall():
     """Put back what install() replaced, and the default stream."""
-    local.streams.clear()
+    local.__init__()
     for name, before in replaced.items():
         if before is None:
             sys.modules.pop(name, None)

@@ -137,7 +137,7 @@ def test_quadrature_against_all_masks(kind, density):
         assert relative(finer, wanted) < max(1e-6, error)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("d", [15, 18, 20])
 def test_quadrature_against_all_masks_often(d):
     rng = np.random.default_rng(d)

@@ -1,30 +1,33 @@
-"""photos.py: trees, labels and the cached index, crops beside references, order under threads and ranks, bad files,
-the resized copy, drawn photographs. IMAGENET_SAMPLES names a folder of real photographs to try as well.
+"""datasets.photographs, datasets.trees: the index and its cache, labels, crops beside references, order under threads
+and ranks, bad files, the resized copy, drawn photographs.
 """
 
+import contextlib
 import functools
 import gc
 import io
 import itertools
 import os
 import re
-import shutil
 import struct
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 import scipy.stats
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
+from test_datasets import md5, tar_gz
 
-import conv
-import data
-import files
+import datasets
 import nn
-import photos
+from datasets import drawn, photographs, trees
+from datasets.dataset import DataError, in_threads
+from engines import host
+from lab import files
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -70,7 +73,7 @@ def tree(tmp_path):
 
 
 def opened(tree, size=16, **options):
-    return photos.of_tree("photographs", tree, size=size, threads=options.pop("threads", 2), **options)
+    return photographs.of_tree("photographs", tree, size=size, threads=options.pop("threads", 2), **options)
 
 
 def collected(batches):
@@ -85,7 +88,8 @@ def as_bytes(x):
 
 
 def live_threads():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("photos")]
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("photographs", "ThreadPoolExecutor"))]
 
 
 # ---------------------------------------------------------------------------------------------- index
@@ -97,7 +101,7 @@ def test_classes_are_folders_in_the_order_of_their_names(tmp_path):
     for name in ("a", "b", "é"):
         write(tmp_path / "val" / name / "v.PNG", content(1))
     write(tmp_path / "train" / "stray.JPEG", content(0))
-    classes, halves, flat = photos.index(tmp_path)
+    classes, halves, flat = trees.index(tmp_path)
     assert classes == ["a", "b", "é"] and not flat
     names, labels = halves["train"]
     assert [os.fsdecode(name) for name in names] == ["x.Png", "0.jpg", "1.JPEG", "ü.jpeg"]
@@ -105,64 +109,31 @@ def test_classes_are_folders_in_the_order_of_their_names(tmp_path):
     dataset = opened(tmp_path)
     assert dataset.classes == 3 and dataset.name == "photographs"
     assert dataset.test_labels.tolist() == [0, 1, 2] and dataset.train_labels.dtype == np.int64
-    assert [dataset.train.path(i).exists() for i in range(4)] == 4 * [True]
-    assert dataset.to_device().shape == (3, 16, 16)
+    assert [dataset.train.files.path(i).exists() for i in range(4)] == 4 * [True]
+    assert dataset.shape == (3, 16, 16)
 
 
-def no_train(tree):
-    shutil.rmtree(tree / "train")
-
-
-def no_val(tree):
-    shutil.rmtree(tree / "val")
-
-
-def no_classes(tree):
-    no_train(tree)
-    (tree / "train").mkdir()
-
-
-def val_empty(tree):
-    no_val(tree)
-    (tree / "val").mkdir()
-
-
-def class_only_in_val(tree):
-    write(tree / "val" / "n7" / "1.JPEG", content(0))
-
-
-def class_only_in_train(tree):
-    shutil.rmtree(tree / "val" / "n1")
-
-
-def class_empty(tree):
-    (tree / "train" / "n1").rename(tree / "elsewhere")
-    (tree / "train" / "n1").mkdir()
-
-
-def val_empty_class(tree):
-    (tree / "val" / "n2" / "val_20.JPEG").unlink()
-
-
-def mixed(tree):
-    write(tree / "val" / "ILSVRC2012_val_00000001.JPEG", content(0))
+def moved(tree, folder, then=lambda folder: None):
+    """A folder of a tree out of the way."""
+    (tree / folder).rename(tree / "elsewhere")
+    then(tree / folder)
 
 
 @pytest.mark.parametrize("fault, message", [
-    (no_train, "train is not there; it should hold train/<class>/<image>.JPEG"),
-    (no_val, "val is not there; it should hold val/<class>/<image>.JPEG"),
-    (no_classes, "train has no class folders; it should hold train/<class>/<image>.JPEG"),
-    (val_empty, "val has neither class folders nor images"),
-    (class_only_in_val, "should have the same classes, but n7 is only in val"),
-    (class_only_in_train, "should have the same classes, but n1 is only in train"),
-    (class_empty, "train/n1 holds no images"),
-    (val_empty_class, "val/n2 holds no images"),
-    (mixed, "val has both class folders and 1 images beside them"),
+    (lambda t: moved(t, "train"), "train is not there; it should hold train/<class>/<image>.JPEG"),
+    (lambda t: moved(t, "val"), "val is not there; it should hold val/<class>/<image>.JPEG"),
+    (lambda t: moved(t, "train", Path.mkdir), "train has no class folders; it should hold train/<class>/<image>.JPEG"),
+    (lambda t: moved(t, "val", Path.mkdir), "val has neither class folders nor images"),
+    (lambda t: write(t / "val" / "n7" / "1.JPEG", content(0)), "should have the same classes, but n7 is only in val"),
+    (lambda t: moved(t, "val/n1"), "should have the same classes, but n1 is only in train"),
+    (lambda t: moved(t, "train/n1", Path.mkdir), "train/n1 holds no images"),
+    (lambda t: moved(t, "val/n2", Path.mkdir), "val/n2 holds no images"),
+    (lambda t: write(t / "val" / "x.JPEG", content(0)), "val has both class folders and 1 images beside them"),
 ])
 def test_trees_that_do_not_fit_are_refused_in_a_sentence(tree, fault, message):
     opened(tree)
     fault(tree)
-    with pytest.raises(data.DataError, match=re.escape(message)) as error:
+    with pytest.raises(DataError, match=re.escape(message)) as error:
         opened(tree)
     assert "\n" not in str(error.value) and str(tree) in str(error.value)
 
@@ -181,13 +152,26 @@ def flat_tree(folder):
 FLAT_LABELS = [2, 0, 1, 0, 2]
 
 
-def write_devkit(place, truth=(7, 1, 1000, 1, 7), ids=(1, 7, 1000, 1001, 1002), wnids=("n0", "n2", "n1", "n8", "n2")):
-    place.mkdir(parents=True, exist_ok=True)
+def devkit(truth=(7, 1, 1000, 1, 7), ids=(1, 7, 1000, 1001, 1002), wnids=("n0", "n2", "n1", "n8", "n9")):
+    """An archive like that of the development kit."""
+    meta = io.BytesIO()
     table = np.zeros((len(ids), 1), [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
     for row, number, wnid in zip(table[:, 0], ids, wnids):
         row["ILSVRC2012_ID"], row["WNID"], row["words"] = np.float64(number), wnid, "a thing"
-    scipy.io.savemat(place / "meta.mat", {"synsets": table})
-    (place / photos.TRUTH).write_text("".join(f"{number}\n" for number in truth))
+    scipy.io.savemat(meta, {"synsets": table})
+    contents = {"ILSVRC2012_validation_ground_truth.txt": "".join(f"{number}\n" for number in truth).encode(),
+                "meta.mat": meta.getvalue(), "readme.txt": b""}
+    return tar_gz({f"ILSVRC2012_devkit_t12/data/{name}": content for name, content in contents.items()})
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """A function that writes a development kit into a folder as if it were the published one."""
+    def write_devkit(folder, content):
+        monkeypatch.setattr(trees, "DEVKIT_MD5", md5(content))
+        write(folder / trees.DEVKIT, content)
+
+    return write_devkit
 
 
 ROWS = ((4, "n0"), (1, "n2"), (2, "n0"), (3, "n1"), (5, "n2"))
@@ -195,16 +179,15 @@ ROWS = ((4, "n0"), (1, "n2"), (2, "n0"), (3, "n1"), (5, "n2"))
 
 def write_solution(folder, rows=ROWS, head="ImageId,PredictionString"):
     lines = [f"ILSVRC2012_val_{i:08},{name} 85 1 499 272 {name} 1 2 3 4 \n" for i, name in rows]
-    (folder / photos.SOLUTION).write_text(f"{head}\n" + "".join(lines))
+    (folder / trees.SOLUTION).write_text(f"{head}\n" + "".join(lines))
 
 
-@pytest.mark.parametrize("place", ["", "data", "ILSVRC2012_devkit_t12/data"])
-def test_flat_val_with_the_devkit(tmp_path, place):
-    write_devkit(flat_tree(tmp_path) / place)
-    dataset = opened(tmp_path)
-    assert dataset.test_labels.tolist() == FLAT_LABELS
-    assert [dataset.test.path(i).exists() for i in range(5)] == 5 * [True]
-    assert collected(dataset.test_batches(3))[1].tolist() == FLAT_LABELS
+def test_flat_val_with_the_devkit(tmp_path, published):
+    published(flat_tree(tmp_path), devkit())
+    found = opened(tmp_path)
+    assert found.test_labels.tolist() == FLAT_LABELS
+    assert [found.test.files.path(i).exists() for i in range(5)] == 5 * [True]
+    assert collected(found.test_batches(3))[1].tolist() == FLAT_LABELS
 
 
 def test_flat_val_with_kaggles_table(tmp_path):
@@ -215,34 +198,36 @@ def test_flat_val_with_kaggles_table(tmp_path):
 
 
 @pytest.mark.parametrize("fault, message", [
-    (lambda f: None, f"{photos.TRUTH} with meta.mat (from ILSVRC2012_devkit_t12) or in {photos.SOLUTION}"),
-    (lambda f: (write_devkit(f), (f / "meta.mat").unlink()), "meta.mat is not there"),
-    (lambda f: write_devkit(f, truth=(7, 1, 1, 7)), "labels for 4 images, but {val} holds 5"),
-    (lambda f: write_devkit(f, truth=(7, 1, 1000, 1, 1001)), "names the class number 1001, which is no folder of"),
-    (lambda f: write_devkit(f, wnids=("n0", "n2", "n9", "n8", "n2")), "names the class n9, which is no folder of"),
-    (lambda f: write_devkit(f, truth=("x",) * 5), "is not a whole file of labels: invalid literal"),
-    (lambda f: (write_devkit(f), (f / "meta.mat").write_bytes(b"MATLAB")), "meta.mat is not a whole .mat file"),
+    (lambda f: None, f"should be in {trees.DEVKIT}, as image-net.org has it, or in Kaggle's {trees.SOLUTION} in "),
     (lambda f: write_solution(f, rows=[(1, "n0"), (2, "n0"), (3, "n0"), (5, "n0"), (6, "n0")]),
-     f"{photos.SOLUTION} has no row for {{val}}/ILSVRC2012_val_00000004.JPEG (1 such images)"),
+     f"{trees.SOLUTION} has no row for {{val}}/ILSVRC2012_val_00000004.JPEG (1 such images)"),
     (lambda f: write_solution(f, rows=[(i, "n0") for i in range(1, 8)]), "labels for 7 images, but {val} holds 5"),
     (lambda f: write_solution(f, rows=[(i, "n5") for i in range(1, 6)]), "names the class n5, which is no folder of"),
     (lambda f: write_solution(f, head="Id,Label"), "is not a whole file of labels: 'ImageId'"),
     (lambda f: write_solution(f, rows=[*ROWS, ROWS[1]]),
-     f"{photos.SOLUTION}, line 7: there is a second row for 'ILSVRC2012_val_00000001'"),
-    (lambda f: (f / photos.SOLUTION).write_text("ImageId,PredictionString\na,n0\n\"b\nc\"\n"),
-     f"{photos.SOLUTION}, line 4: there is no class for 'b\\nc'"),
-    (lambda f: (f / photos.SOLUTION).write_text("ImageId,PredictionString\na, \n"), "line 2: there is no class for"),
-    (lambda f: (write_devkit(f), os.truncate(f / "meta.mat", 2**40)), "meta.mat has more than 33,554,432 bytes"),
-    (lambda f: (write_devkit(f), os.truncate(f / photos.TRUTH, 2**40)), "has more than 33,554,432 bytes, too many"),
-    (lambda f: write_devkit(f, wnids=("n0", "n2", 3.0, "n8", "n2")), "names the class [[3.]], which is no folder of"),
-    (lambda f: (write_devkit(f), scipy.io.savemat(f / "meta.mat", {"synsets": np.eye(2)})), "is not a whole meta.mat"),
-    (lambda f: (write_devkit(f), scipy.io.savemat(f / "meta.mat", {"other": np.eye(2)})), "of the devkit: 'synsets'"),
+     f"{trees.SOLUTION}, line 7: there is a second row for 'ILSVRC2012_val_00000001'"),
+    (lambda f: (f / trees.SOLUTION).write_text("ImageId,PredictionString\na,n0\n\"b\nc\"\n"),
+     f"{trees.SOLUTION}, line 4: there is no class for 'b\\nc'"),
+    (lambda f: (f / trees.SOLUTION).write_text("ImageId,PredictionString\na, \n"), "line 2: there is no class for"),
+    (lambda f: (write_solution(f), os.truncate(f / trees.SOLUTION, 2**40)), "more than 33,554,432 bytes, too many"),
+    (lambda f: write(f / trees.DEVKIT, devkit()), f"{trees.DEVKIT} is not what was published: its MD5 is "),
 ])
 def test_labels_that_do_not_fit_are_refused_in_a_sentence(tmp_path, fault, message):
     fault(flat_tree(tmp_path))
-    with pytest.raises(data.DataError, match=re.escape(message.format(val=tmp_path / "val"))) as error:
+    with pytest.raises(DataError, match=re.escape(message.format(val=tmp_path / "val"))) as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(truth=(7, 1, 1, 7)), "labels for 4 images, but {val} holds 5"),
+    (dict(wnids=("n0", "n2", "n9", "n8", "n2")), "names the class n9, which is no folder of"),
+    (dict(truth=(7, 1, 1000, 1, 1003)), "is not a whole file of labels: 1003"),
+])
+def test_devkits_of_other_photographs_are_refused_in_a_sentence(tmp_path, published, changes, message):
+    published(flat_tree(tmp_path), devkit(**changes))
+    with pytest.raises(DataError, match=message.format(val=tmp_path / "val")):
+        opened(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- the cached index
@@ -251,8 +236,8 @@ def test_labels_that_do_not_fit_are_refused_in_a_sentence(tmp_path, fault, messa
 @pytest.fixture
 def scans(monkeypatch):
     """The folders that are read for an index, in order."""
-    seen, scan = [], photos.scan
-    monkeypatch.setattr(photos, "scan", lambda folder, *rest: seen.append(folder.name) or scan(folder, *rest))
+    seen, scan = [], trees.scan
+    monkeypatch.setattr(trees, "scan", lambda folder, *rest: seen.append(folder.name) or scan(folder, *rest))
     return seen
 
 
@@ -263,35 +248,26 @@ def touch(path):
 
 
 def test_index_is_read_once(tree, scans):
-    first, second = photos.index(tree), photos.index(str(tree))
+    first, second = trees.index(tree), trees.index(str(tree))
     assert scans == ["train", "val"] and first[0] == second[0] and first[2] == second[2]
     for half in ("train", "val"):
         for a, b in zip(first[1][half], second[1][half]):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype and a.dtype.kind in "Si"  # no object for each file
-    assert len(files.load_arrays((tree / photos.CACHE).read_bytes())) == 5
-    assert sorted(path.name for path in tree.iterdir()) == [photos.CACHE, "train", "val"]
+    assert len(files.load_arrays((tree / trees.CACHE).read_bytes())) == 5
+    assert sorted(path.name for path in tree.iterdir()) == [trees.CACHE, "train", "val"]
 
 
 @pytest.mark.parametrize("place", ["train/n1", "val/n2", "train", "val"])
 def test_index_follows_a_change_of_the_tree(tree, scans, place):
-    photos.index(tree)
+    trees.index(tree)
     touch(tree / place)
     if place.count("/"):
         write(tree / place / "zz.jpg", content(0))
     touch(tree / place)
-    _, halves, _ = photos.index(tree)
+    _, halves, _ = trees.index(tree)
     assert scans == 2 * ["train", "val"]
     assert len(halves[place.split("/")[0]][0]) == {"train": 12, "val": 5}[place.split("/")[0]] + place.count("/")
-
-
-def test_index_follows_renamed_classes(tree, scans):
-    photos.index(tree)
-    for half in ("train", "val"):
-        before = (tree / half).stat().st_mtime_ns
-        (tree / half / "n1").rename(tree / half / "m1")
-        os.utime(tree / half, ns=(before, before))
-    assert photos.index(tree)[0] == ["m1", "n0", "n2"] and len(scans) == 4
 
 
 def damaged(change):
@@ -318,16 +294,12 @@ DAMAGES = {
     "signature": damaged(lambda a: a.update(signature="0")),
     "separator": damaged(renamed(b"a/../../../x.jpg")),
     "leads out": damaged(renamed(b"../x.jpg")),
-    "absolute": damaged(renamed(b"/x.jpg")),
     "backslash": damaged(renamed(b"a\\..\\x.jpg")),
     "dots": damaged(renamed(b"..")),
     "no name": damaged(renamed(b"")),
     "label too large": damaged(lambda a: a["train_labels"].__setitem__(0, 3)),
     "label negative": damaged(lambda a: a["val_labels"].__setitem__(0, -1)),
     "labels too few": damaged(lambda a: a.update(train_labels=a["train_labels"][:-1])),
-    "labels of a kind": damaged(lambda a: a.update(train_labels=a["train_labels"].astype(float))),
-    "names of a kind": damaged(lambda a: a.update(train_names=np.arange(12))),
-    "names in a table": damaged(lambda a: a.update(train_names=a["train_names"][None])),
     "nothing": damaged(lambda a: a.update(val_names=a["val_names"][:0], val_labels=a["val_labels"][:0])),
     "objects": damaged(lambda a: a.update(train_names=a["train_names"].astype(object))),
     "not sealed": lambda path: np.savez(path, **files.load_arrays(path.read_bytes())),
@@ -337,13 +309,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_not_trusted(tree, scans, damage):
-    want = photos.index(tree)[1]["train"]
-    DAMAGES[damage](tree / photos.CACHE)
-    have = photos.index(tree)[1]["train"]
+    want = trees.index(tree)[1]["train"]
+    DAMAGES[damage](tree / trees.CACHE)
+    have = trees.index(tree)[1]["train"]
     assert len(scans) == 4
     np.testing.assert_array_equal(want[0], have[0])
     np.testing.assert_array_equal(want[1], have[1])
-    photos.index(tree)
+    trees.index(tree)
     assert len(scans) == 4  # it was written anew
 
 
@@ -351,8 +323,8 @@ def test_folder_that_cannot_be_written_to(tree, monkeypatch):
     def refused(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(photos, "write_whole", refused)
-    assert len(opened(tree).train_labels) == 12 and not (tree / photos.CACHE).exists()
+    monkeypatch.setattr(trees, "write_whole", refused)
+    assert len(opened(tree).train_labels) == 12 and not (tree / trees.CACHE).exists()
 
 
 # ---------------------------------------------------------------------------------------------- crops
@@ -383,8 +355,9 @@ SIDES = [(500, 375), (333, 500), (256, 256), (301, 227), (90, 70), (1101, 1403),
 
 
 def centre(path, size):
-    with photos.opened(path) as (image, orientation, shape):
-        return np.asarray(photos.cut(image, orientation, (size, size), photos.centre_box(*shape, size)), np.float64)
+    with photographs.opened(path) as image:
+        box = photographs.centre_box(*image.size, size)
+        return np.asarray(photographs.cut(image, (size, size), box), np.float64)
 
 
 @pytest.mark.parametrize("size", [224, 64])
@@ -395,47 +368,18 @@ def test_test_images_are_resized_then_cropped(tmp_path, width, height, size):
     assert np.abs(difference).mean() < 0.6 and np.abs(difference.mean()) < 0.2 and np.abs(difference).max() < 12
 
 
-def torch_reference(torch, image, size):
-    width, height = image.size
-    side = round(size * 256 / 224)
-    shape = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
-    x = torch.tensor(np.asarray(image.convert("RGB")).transpose(2, 0, 1)[None].copy(), dtype=torch.float32)
-    x = torch.nn.functional.interpolate(x, shape, mode="bilinear", antialias=True, align_corners=False)[0].numpy()
-    top, left = (int(round((edge - size) / 2.0)) for edge in shape)
-    return x[:, top : top + size, left : left + size].transpose(1, 2, 0)
-
-
-@pytest.mark.parametrize("width, height", SIDES)
-def test_test_images_are_pytorchs(tmp_path, width, height):
-    torch = pytest.importorskip("torch")
-    write(tmp_path / "a.jpg", jpeg(picture(2, width, height)))
-    want = torch_reference(torch, Image.open(tmp_path / "a.jpg"), 224)
-    assert np.abs(centre(tmp_path / "a.jpg", 224) - want).mean() < 0.6
-
-
-def test_real_photographs_are_pytorchs():
-    folder = os.environ.get("IMAGENET_SAMPLES")
-    if not folder:
-        pytest.skip("IMAGENET_SAMPLES names no folder of photographs")
-    torch = pytest.importorskip("torch")
-    paths = [path for path in sorted(Path(folder).glob("*.JPEG"))[::4] if Image.open(path).getexif().get(274, 1) == 1]
-    for size in (224, 64):
-        errors = [np.abs(centre(path, size) - torch_reference(torch, Image.open(path), size)).mean() for path in paths]
-        assert np.mean(errors) < 0.6 and max(errors) < 1.7
-
-
 def test_batches_are_normalised(tree, backend):
     dataset = opened(tree, size=24)
     batches = list(map(nn.to_host, next(dataset.test_batches(5))))
     assert batches[0].dtype == np.float32 and batches[0].shape == (5, 3, 24, 24) and batches[1].dtype == np.int64
     for i, image in enumerate(as_bytes(batches[0])):
-        np.testing.assert_allclose(image, centre(dataset.test.path(i), 24), atol=1e-3)
+        np.testing.assert_allclose(image, centre(dataset.test.files.path(i), 24), atol=1e-3)
     assert batches[1].tolist() == [0, 0, 1, 1, 2]
 
 
 def test_batches_need_no_copy_to_be_convolved(tree):
     x, _ = next(opened(tree).test_batches(5))
-    framed = conv.bordered(x, 3, 3, 3, 3)
+    framed = host.bordered(x, 3, 3, 3, 3)
     assert np.shares_memory(framed, x) and not framed[:3].any() and not framed[:, :, -3:].any()
 
 
@@ -464,7 +408,7 @@ def torchvisions_boxes(rng, width, height, count):
 @pytest.mark.parametrize("width, height", [(500, 375), (300, 300), (200, 640), (900, 100), (3, 2)])
 def test_random_boxes_are_those_of_torchvision(width, height):
     rng, count = np.random.default_rng(5), 1500
-    boxes = np.array([photos.random_box(rng.random(23).tolist(), width, height) for _ in range(count)])
+    boxes = np.array([photographs.random_box(rng.random(23).tolist(), width, height) for _ in range(count)])
     left, top, right, bottom = boxes.T
     w, h = right - left, bottom - top
     assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
@@ -491,8 +435,8 @@ def test_training_images_are_flipped_crops(tree):
         assert labels.tolist() == dataset.train_labels[order].tolist()
         for image, i in zip(as_bytes(x), order):
             draws = nn.generator(3, "crop", epoch, int(i)).random(23).tolist()
-            photograph = Image.open(dataset.train.path(i))
-            box = photos.random_box(draws, *photograph.size)
+            photograph = Image.open(dataset.train.files.path(i))
+            box = photographs.random_box(draws, *photograph.size)
             want = np.asarray(photograph.resize((20, 20), Image.Resampling.BILINEAR, box), np.float64)
             errors = [np.abs(image - want).max(), np.abs(image - want[:, ::-1]).max()]
             assert min(errors) < 0.1 and max(errors) > 5
@@ -503,102 +447,67 @@ def test_training_images_are_flipped_crops(tree):
 # ---------------------------------------------------------------------------------------------- order and threads
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_batches_do_not_depend_on_threads(tree, threads):
-    for make in (lambda d: d.train_batches(5, 0, 1), lambda d: d.test_batches(2)):
-        for a, b in zip(collected(make(opened(tree))), collected(make(opened(tree, threads=threads)))):
-            np.testing.assert_array_equal(a, b)
-
-
-def test_epochs_and_seeds_differ(tree):
+def test_batches_depend_on_seed_and_epoch_alone(tree):
     dataset = opened(tree)
     first, *others = (collected(dataset.train_batches(12, *key))[0] for key in ((0, 0), (0, 1), (1, 0)))
-    again = collected(dataset.train_batches(12, 0, 0))[0]
-    np.testing.assert_array_equal(first, again)
     for other in others:
         assert np.abs(np.sort(first.ravel()) - np.sort(other.ravel())).max() > 0.01  # not only in another order
+    for threads in (1, 4):
+        np.testing.assert_array_equal(collected(opened(tree, threads=threads).train_batches(12, 0, 0))[0], first)
+    for start in range(3):
+        np.testing.assert_array_equal(collected(dataset.train_batches(5, 0, 0, start))[0], first[5 * start :])
+    assert list(dataset.train_batches(5, 0, 0, start=3)) == []
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 7])
+@pytest.mark.parametrize("ranks", [3, 7])
 def test_ranks_together_see_the_batches_of_one(tree, ranks):
     dataset = opened(tree)
     for make in (functools.partial(dataset.train_batches, 5, 0, 1), functools.partial(dataset.test_batches, 4)):
-        whole = [(np.array(x), labels) for x, labels in make(part=(0, 1))]
+        whole = [(np.array(x), labels) for x, labels in make()]
         shares = [[(np.array(x), labels) for x, labels in make(part=(rank, ranks))] for rank in range(ranks)]
         for (x, labels), *parts in zip(whole, *shares, strict=True):
-            assert [len(p[1]) for p in parts] == [len(x) * (r + 1) // ranks - len(x) * r // ranks for r in range(ranks)]
             np.testing.assert_array_equal(x, np.concatenate([p[0] for p in parts]))
             np.testing.assert_array_equal(labels, np.concatenate([p[1] for p in parts]))
 
 
-def test_start_resumes(tree):
-    dataset = opened(tree)
-    for start in range(5):
-        whole = [(np.array(x), labels) for x, labels in dataset.train_batches(5, 0, 2)][start:]
-        rest = [(np.array(x), labels) for x, labels in dataset.train_batches(5, 0, 2, start)]
-        assert len(rest) == max(0, 3 - start)
-        for (a, p), (b, q) in zip(whole, rest, strict=True):
-            np.testing.assert_array_equal(a, b)
-            np.testing.assert_array_equal(p, q)
-
-
-def test_limited_and_held_out(tmp_path):
+def test_parts_take_the_classes_in_turn(tmp_path):
     dataset = opened(make_tree(tmp_path, train=(30, 20, 10), val=(1, 1, 1)))
-    few = dataset.limited(12)
-    assert np.bincount(few.train_labels).tolist() == [6, 4, 2] and len(set(few.train_index)) == 12
-    assert few.train_index.tolist() == opened(tmp_path).limited(12).train_index.tolist()
-    assert few.test_index.tolist() == [0, 1, 2] and few.train_index.tolist() != sorted(few.train_index)
-    held = dataset.held_out(6)
+    few = dataset.part(limit=12)
+    assert np.bincount(few.train_labels).tolist() == [6, 4, 2] and len(set(few.train.index)) == 12
+    assert few.train.index[:6].tolist() == [34, 26, 54, 9, 40, 27]  # as in runs on disk
+    assert few.test.index.tolist() == [0, 1, 2]
+    held = dataset.part(held_out=6)
+    assert held.test.index.tolist() == [4, 5, 7, 30, 35, 55]
     assert np.bincount(held.test_labels).tolist() == [3, 2, 1] and len(held.train_labels) == 54
-    assert sorted([*held.train_index, *held.test_index]) == list(range(60))
+    assert sorted([*held.train.index, *held.test.index]) == list(range(60))
     assert collected(held.test_batches(4))[1].tolist() == held.test_labels.tolist()
-    x, labels = collected(held.limited(5).train_batches(2, 0, 0))
-    assert len(x) == 5 and sorted(labels) == sorted(held.limited(5).train_labels)
-    with pytest.raises(data.DataError, match="photographs has 60 training images, so a limit of 61 cannot be met"):
-        dataset.limited(61)
-    with pytest.raises(data.DataError, match="photographs has 60 training images, so 60 cannot be held out"):
-        dataset.held_out(60)
+    part = dataset.part(held_out=6, limit=5)
+    x, labels = collected(part.train_batches(2, 0, 0))
+    assert len(x) == 5 and sorted(labels) == sorted(part.train_labels)
+    assert part.test.index.tolist() == held.test.index.tolist()
+    with pytest.raises(DataError, match="photographs has 60 training images, so a limit of 61 cannot be met"):
+        dataset.part(limit=61)
+    with pytest.raises(DataError, match="photographs has 60 training images, so 60 cannot be held out"):
+        dataset.part(held_out=60)
 
 
 def test_only_so_many_batches_are_decoded_ahead(tmp_path, monkeypatch):
     """Reading is noted with the number of batches handed out until then."""
     dataset = opened(make_tree(tmp_path, train=(30, 30, 30)), size=8)
     asked, read = 0, []
-    original = photos.Files.read
+    original = photographs.Files.read
 
     def noting(*arguments, **options):
         read.append((asked, len(read)))
         return original(*arguments, **options)
 
-    monkeypatch.setattr(photos.Files, "read", noting)
-    arrays = []
-    monkeypatch.setattr(photos.np, "empty", lambda *a, e=np.empty, **k: arrays.append(e(*a, **k)) or arrays[-1])
+    monkeypatch.setattr(photographs.Files, "read", noting)
     batches = dataset.train_batches(4, 0, 0)
     for asked in range(1, 8):
         next(batches)
     batches.close()
     monkeypatch.undo()
-    assert all(number < 4 * (asked + photos.AHEAD) for asked, number in read) and photos.AHEAD == 2
-    assert sum(array.nbytes for array in arrays if array.dtype == np.uint8) <= photos.AHEAD * 4 * 8 * 8 * 3
-
-
-def test_memory_is_used_again_only_after_it_was_normalised(tree, monkeypatch):
-    """Between two batches that lie in the same memory it is asked for no more images than the later one has."""
-    submit, normalised = photos.ThreadPoolExecutor.submit, photos.normalised
-    waiting, batches = {}, []
-
-    def submitted(self, fill, place, out):
-        waiting[id(out.base)] = waiting.get(id(out.base), 0) + 1
-        return submit(self, fill, place, out)
-
-    def checked(pixels):
-        batches.append(waiting.pop(id(pixels.base)) == len(pixels))
-        return normalised(pixels)
-
-    monkeypatch.setattr(photos.ThreadPoolExecutor, "submit", submitted)
-    monkeypatch.setattr(photos, "normalised", checked)
-    list(opened(tree).train_batches(2, 0, 0))
-    assert batches == 6 * [True] and not waiting
+    assert all(number < 4 * (asked + photographs.PREFETCH) for asked, number in read) and photographs.PREFETCH == 2
 
 
 @pytest.mark.parametrize("end", ["exhausted", "closed", "forgotten", "never begun", "failed"])
@@ -606,7 +515,7 @@ def test_no_thread_is_left(tree, monkeypatch, end):
     dataset = opened(tree, threads=3)
     batches = dataset.train_batches(2, 0, 0)
     if end == "failed":
-        monkeypatch.setattr(photos.Files, "read", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(photographs.Files, "read", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(batches)
     elif end != "never begun":
@@ -625,7 +534,7 @@ def test_no_thread_is_left(tree, monkeypatch, end):
 def test_decoding_ends_soon_after_closing(tmp_path, monkeypatch):
     """What waits is cancelled: only what is being decoded is finished."""
     dataset = opened(make_tree(tmp_path, train=(30, 30, 30)), threads=1)
-    gate, begun, original = threading.Event(), [], photos.Files.read
+    gate, begun, original = threading.Event(), [], photographs.Files.read
 
     def gated(self, i, *arguments, **options):
         begun.append(i)
@@ -633,17 +542,17 @@ def test_decoding_ends_soon_after_closing(tmp_path, monkeypatch):
             gate.wait(30)
         return original(self, i, *arguments, **options)
 
-    monkeypatch.setattr(photos.Files, "read", gated)
+    monkeypatch.setattr(photographs.Files, "read", gated)
     batches = dataset.train_batches(10, 0, 0)
     next(batches)
-    original_shutdown = photos.ThreadPoolExecutor.shutdown
+    original_shutdown = photographs.ThreadPoolExecutor.shutdown
 
     def shutdown(self, wait=True, cancel_futures=False):
         original_shutdown(self, wait=False, cancel_futures=cancel_futures)
         gate.set()
         original_shutdown(self, wait=wait)
 
-    monkeypatch.setattr(photos.ThreadPoolExecutor, "shutdown", shutdown)
+    monkeypatch.setattr(photographs.ThreadPoolExecutor, "shutdown", shutdown)
     batches.close()
     assert len(begun) <= 11 and not live_threads()
 
@@ -698,23 +607,9 @@ def test_odd_files_are_converted(tree, kind, capsys):
     path.write_bytes(content)
     dataset = opened(tree)
     image = as_bytes(next(dataset.test_batches(5))[0])[0]
-    assert not dataset.test.bad and not capsys.readouterr().err
+    assert not dataset.test.files.bad and not capsys.readouterr().err
     if colour is not None:
         assert np.abs(image - colour).max() < 4
-
-
-@pytest.mark.parametrize("orientation", range(0, 10))
-@pytest.mark.parametrize("side", [60, 600])
-def test_photographs_are_upright(tmp_path, orientation, side):
-    """EXIF orientation 6 of a photograph is what Pillow's own exif_transpose makes of it."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    upright = picture(4, side, side * 3 // 2)
-    write(tmp_path / "a.jpg", jpeg(upright, exif=exif))
-    want = ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
-    with photos.opened(tmp_path / "a.jpg") as (image, turn, size):
-        assert size == want.size
-    assert np.abs(centre(tmp_path / "a.jpg", 56) - reference(want, 56)).mean() < 0.8
 
 
 def absurd_jpeg(width, height):
@@ -745,26 +640,26 @@ BAD = {
     "cut": (jpeg(picture(0, 200, 200))[:5000], "truncated"),
     "cut PNG": (saved("RGB")[:60], ""),
     "header alone": (content(0)[:300], ""),
-    "absurd JPEG": (absurd_jpeg(65535, 65535), "its header claims 65,535 x 65,535 pixels, more than 100,000,000"),
-    "large JPEG": (absurd_jpeg(10_001, 10_000), "its header claims 10,001 x 10,000 pixels"),
-    "absurd PNG": (absurd_png(2**31 - 1, 2**31 - 1), "its header claims 2,147,483,647 x 2,147,483,647 pixels"),
+    "absurd JPEG": (absurd_jpeg(65535, 65535), "Image size (4294836225 pixels) exceeds limit"),
+    "large JPEG": (absurd_jpeg(9_500, 9_500), "its header claims 9,500 x 9,500 pixels"),
+    "absurd PNG": (absurd_png(2**31 - 1, 2**31 - 1), "Image size (4611686014132420609 pixels) exceeds limit"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_files_are_told_once_and_passed_over(tree, kind, capsys):
     content, reason = BAD[kind]
     for path in ("train/n0/train_03.JPEG", "val/n1/val_10.JPEG"):
         (tree / path).write_bytes(content)
-    dataset = opened(tree, size=20, tolerated=0.2)
+    dataset = opened(tree, size=20, unreadable=0.2)
     for _ in range(2):
         x, labels = collected(dataset.train_batches(5, 0, 1))
         order = nn.generator(0, "batches", 1).permutation(12)
         assert len(x) == 12 and labels.tolist() == [1 if i == 3 else dataset.train_labels[i] for i in order]
         draws = nn.generator(0, "crop", 1, 4).random(23).tolist()  # of the file after it
-        photograph = Image.open(dataset.train.path(4))
-        want = photograph.resize((20, 20), Image.Resampling.BILINEAR, photos.random_box(draws, *photograph.size))
+        photograph = Image.open(dataset.train.files.path(4))
+        want = photograph.resize((20, 20), Image.Resampling.BILINEAR, photographs.random_box(draws, *photograph.size))
         for place in np.flatnonzero((order == 3) | (order == 4)):
             image = as_bytes(x)[place]
             assert min(np.abs(image - want).max(), np.abs(image[:, ::-1] - want).max()) < 0.1
@@ -774,24 +669,23 @@ def test_bad_files_are_told_once_and_passed_over(tree, kind, capsys):
     assert len(lines) == 2
     for line, path in zip(sorted(lines), ("train/n0/train_03.JPEG", "val/n1/val_10.JPEG")):
         assert line.startswith(f"{tree / path} is left out: ") and reason in line
-    few = dataset.limited(6)  # they are known there too
+    few = dataset.part(limit=6)  # they are known there too
     collected(few.train_batches(3, 0, 0))
     assert not capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_absurd_sizes_are_refused_before_anything_is_decoded(tmp_path, monkeypatch):
-    write(tmp_path / "a.jpg", absurd_jpeg(65535, 65535))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(photos.BadFile, match="65,535 x 65,535"):
-        with photos.opened(tmp_path / "a.jpg"):
-            pytest.fail("opened")
-    write(tmp_path / "b.jpg", absurd_jpeg(10_000, 10_000))
-    with photos.opened(tmp_path / "b.jpg") as (_, _, size):
-        assert size == (10_000, 10_000)
+    for width, refused in ((65_535, "exceeds limit"), (9_500, "9,500 x 9,500 pixels"), (9_400, None)):
+        write(tmp_path / "a.jpg", absurd_jpeg(width, width))
+        with pytest.raises(photographs.BadFile, match=refused) if refused else contextlib.nullcontext():
+            with photographs.opened(tmp_path / "a.jpg") as image:
+                assert image.size == (9_400, 9_400)
 
 
 def test_unreadable_file_is_bad(tree, capsys):
-    dataset = opened(tree, tolerated=0.1)
+    dataset = opened(tree, unreadable=0.1)
     (tree / "train" / "n2" / "train_24.JPEG").unlink()
     labels = collected(dataset.train_batches(12, 0, 0))[1]
     assert sorted(labels) == sorted([*dataset.train_labels[:-1], 0])  # the last gives way to the first
@@ -802,17 +696,17 @@ def test_unreadable_file_is_bad(tree, capsys):
 def test_too_many_bad_files_end_it(tree, threads, capsys):
     for name in ("n0/train_00", "n1/train_11", "n2/train_22"):
         (tree / "train" / f"{name}.JPEG").write_bytes(b"?")
-    dataset = opened(tree, tolerated=0.25, threads=threads)  # 3 of 12
+    dataset = opened(tree, unreadable=0.25, threads=threads)  # 3 of 12
     assert len(collected(dataset.train_batches(5, 0, 0))[0]) == 12
-    dataset = opened(tree, tolerated=0.24, threads=threads)
-    with pytest.raises(data.DataError) as error:
+    dataset = opened(tree, unreadable=0.24, threads=threads)
+    with pytest.raises(DataError) as error:
         for epoch in range(2):
             collected(dataset.train_batches(5, 0, epoch))
-    first = next(iter(dataset.train.bad))
+    first = next(iter(dataset.train.files.bad))
     assert str(error.value) == (
         f"3 of the 12 images in {tree / 'train'} cannot be read, more than the 24.00% that may be left out; the first "
-        f"was {dataset.train.path(first)}: it is neither a JPEG nor a PNG image")
-    with pytest.raises(data.DataError, match="3 of the 12 images"):  # it does not help to ask again
+        f"was {dataset.train.files.path(first)}: it is neither a JPEG nor a PNG image")
+    with pytest.raises(DataError, match="3 of the 12 images"):  # it does not help to ask again
         collected(dataset.train_batches(5, 0, 0))
     assert not live_threads()
 
@@ -820,11 +714,11 @@ def test_too_many_bad_files_end_it(tree, threads, capsys):
 def test_none_readable(tree, capsys):
     for path in (tree / "train").rglob("*.JPEG"):
         path.write_bytes(b"?")
-    with pytest.raises(data.DataError, match="none of the 12 images used"):
-        next(opened(tree, tolerated=1).train_batches(5, 0, 0))
+    with pytest.raises(DataError, match="none of the 12 images used"):
+        next(opened(tree, unreadable=1).train_batches(5, 0, 0))
     for path in (tree / "val").rglob("*.JPEG"):
         path.write_bytes(b"?")
-    batches = list(opened(tree, tolerated=1).test_batches(5))
+    batches = list(opened(tree, unreadable=1).test_batches(5))
     assert [(x.shape, labels.shape) for x, labels in batches] == [((0, 3, 16, 16), (0,))]
 
 
@@ -833,18 +727,13 @@ def test_none_readable(tree, capsys):
 
 @pytest.fixture
 def large(tmp_path):
-    """Photographs to shrink to 32: wide, high, small, turned, a PNG."""
-    tree, exif = tmp_path / "imagenet", Image.Exif()
-    exif[0x0112] = 6
-    contents = {"wide.JPEG": jpeg(picture(0, 100, 64)), "high.jpg": jpeg(picture(1, 48, 90)),
-                "small.JPEG": jpeg(picture(2, 31, 60)), "turned.JPEG": jpeg(picture(3, 90, 60), exif=exif),
-                "turned_small.JPEG": jpeg(picture(4, 30, 20), exif=exif)}
-    for half in ("train", "val"):
-        for name, body in contents.items():
-            write(tree / half / "a" / name, body)
-        file = io.BytesIO()
-        picture(5, 40, 50).save(file, "PNG")
-        write(tree / half / "b" / "x.png", file.getvalue())
+    """Photographs to shrink to 32: wide, high, small, a PNG."""
+    tree, png = tmp_path / "imagenet", io.BytesIO()
+    picture(5, 40, 50).save(png, "PNG")
+    contents = {"a/wide.JPEG": jpeg(picture(0, 100, 64)), "a/high.jpg": jpeg(picture(1, 48, 90)),
+                "a/small.JPEG": jpeg(picture(2, 31, 60)), "b/x.png": png.getvalue()}
+    for half, (name, body) in itertools.product(("train", "val"), contents.items()):
+        write(tree / half / name, body)
     return tree
 
 
@@ -852,30 +741,29 @@ def sizes(folder):
     return {path.name: Image.open(path).size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-SMALLER = {"wide.JPEG": (50, 32), "high.jpg": (32, 60), "small.JPEG": (31, 60), "turned.JPEG": (32, 48),
-           "turned_small.JPEG": (20, 30), "x.png": (32, 40)}
+SMALLER = {"wide.JPEG": (50, 32), "high.jpg": (32, 60), "small.JPEG": (31, 60), "x.png": (32, 40)}
 
 
 def test_resized_copy(large, tmp_path):
     target = tmp_path / "imagenet-256"
-    assert photos.prepare(large, target, side=32, threads=2) == {"resized": 8, "copied": 4, "kept": 0, "bad": 0}
+    assert photographs.prepare(large, target, side=32, threads=2) == {"resized": 6, "copied": 2, "kept": 0, "bad": 0}
     for half in ("train", "val"):
         assert sizes(target / half) == SMALLER
         assert (target / half / "a/small.JPEG").read_bytes() == (large / half / "a/small.JPEG").read_bytes()
-        for name in ("a/turned.JPEG", "a/wide.JPEG", "b/x.png"):
-            copy, source = Image.open(target / half / name), ImageOps.exif_transpose(Image.open(large / half / name))
-            assert copy.getexif().get(0x0112, 1) == 1 and copy.format == ("PNG" if name.endswith("png") else "JPEG")
+        for name in ("a/wide.JPEG", "b/x.png"):
+            copy, source = Image.open(target / half / name), Image.open(large / half / name)
+            assert copy.format == ("PNG" if name.endswith("png") else "JPEG")
             want = source.convert("RGB").resize(copy.size, Image.Resampling.BILINEAR)
             assert np.abs(np.asarray(copy, float) - np.asarray(want, float)).mean() < 8  # half resolution of colour
             assert np.abs(np.asarray(copy.convert("L"), float) - np.asarray(want.convert("L"), float)).mean() < 2
     assert not [path for path in target.rglob("*.tmp")]
-    dataset = photos.load("imagenet-256", tmp_path, size=28, threads=1)
-    assert dataset.classes == 2 and len(dataset.train_labels) == 6
-    assert photos.prepare(large, target, side=32) == {"resized": 0, "copied": 0, "kept": 12, "bad": 0}
+    dataset = datasets.load("imagenet-256", tmp_path, size=28, threads=1)
+    assert dataset.classes == 2 and len(dataset.train_labels) == 4
+    assert photographs.prepare(large, target, side=32) == {"resized": 0, "copied": 0, "kept": 8, "bad": 0}
 
 
 def test_copy_that_was_cut_goes_on(large, tmp_path, monkeypatch):
-    target, shrink, done = tmp_path / "imagenet-256", photos.shrink, []
+    target, shrink, done = tmp_path / "imagenet-256", photographs.shrink, []
 
     def cut_short(source, path, side):
         if len(done) == 3:
@@ -883,19 +771,19 @@ def test_copy_that_was_cut_goes_on(large, tmp_path, monkeypatch):
         done.append(path)
         return shrink(source, path, side)
 
-    monkeypatch.setattr(photos, "shrink", cut_short)
+    monkeypatch.setattr(photographs, "shrink", cut_short)
     with pytest.raises(KeyboardInterrupt):
-        photos.prepare(large, target, side=32, threads=1)
+        photographs.prepare(large, target, side=32, threads=1)
     monkeypatch.undo()
-    with pytest.raises(data.DataError, match="imagenet-256 is no finished copy of .*--prepare makes it or goes on"):
-        photos.load("imagenet-256", tmp_path)
+    with pytest.raises(DataError, match="imagenet-256 is no finished copy of .*--prepare makes it or goes on"):
+        datasets.load("imagenet-256", tmp_path)
     for path, damage in zip(done, (b"", done[1].read_bytes()[:-20] + bytes(20), None)):  # as after a power cut
         if damage is not None:
             path.write_bytes(damage)
     untouched = done[2].stat().st_mtime_ns
-    assert photos.prepare(large, target, side=32, threads=2)["kept"] == 1
+    assert photographs.prepare(large, target, side=32, threads=2)["kept"] == 1
     assert done[2].stat().st_mtime_ns == untouched and sizes(target / "train") == sizes(target / "val") == SMALLER
-    photos.load("imagenet-256", tmp_path)
+    datasets.load("imagenet-256", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["wide.JPEG", "small.JPEG"])
@@ -905,110 +793,121 @@ def test_files_of_a_copy_are_whole_or_not(large, tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        photos.shrink(large / "val" / "a" / name, tmp_path / "copy.jpg", 32)
+        photographs.shrink(large / "val" / "a" / name, tmp_path / "copy.jpg", 32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagenet"]
 
 
 def test_copy_leaves_bad_files_out(large, tmp_path, capsys):
     (large / "val" / "a" / "wide.JPEG").write_bytes(b"")
-    with pytest.raises(data.DataError, match="1 of the 6 images in .*val cannot be read, more than the 1.00%"):
-        photos.prepare(large, tmp_path / "copy", side=32)
+    with pytest.raises(DataError, match="1 of the 4 images in .*val cannot be read, more than the 1.00%"):
+        photographs.prepare(large, tmp_path / "copy", side=32)
     capsys.readouterr()
-    counts = photos.prepare(large, tmp_path / "copy", side=32, tolerated=0.2)
-    assert counts["bad"] == 1 and counts["kept"] + counts["resized"] + counts["copied"] == 11
+    counts = photographs.prepare(large, tmp_path / "copy", side=32, unreadable=0.25)
+    assert counts["bad"] == 1 and counts["kept"] + counts["resized"] + counts["copied"] == 7
     assert capsys.readouterr().err.count("wide.JPEG is left out: it is empty") == 1
-    assert len(photos.of_tree("copy", tmp_path / "copy").test_labels) == 5
+    assert len(photographs.of_tree("copy", tmp_path / "copy").test_labels) == 3
 
 
 def test_copy_of_a_flat_tree_has_class_folders(tmp_path):
     write_solution(flat_tree(tmp_path / "flat"))
-    photos.prepare(tmp_path / "flat", tmp_path / "copy", side=32)
-    dataset = photos.of_tree("copy", tmp_path / "copy")
+    photographs.prepare(tmp_path / "flat", tmp_path / "copy", side=32)
+    dataset = photographs.of_tree("copy", tmp_path / "copy")
     assert dataset.test_labels.tolist() == sorted(FLAT_LABELS)
-    assert dataset.test.path(4).name == "ILSVRC2012_val_00000005.JPEG"
+    assert dataset.test.files.path(4).name == "ILSVRC2012_val_00000005.JPEG"
 
 
 def test_copies_that_cannot_be_made(large, tmp_path):
-    with pytest.raises(data.DataError, match="lies in .*; the copy should have a folder of its own"):
-        photos.prepare(large, large / "small")
-    photos.prepare(large, tmp_path / "copy", side=32)
-    with pytest.raises(data.DataError, match="holds a copy of smallest side 32; one of 40 needs another folder"):
-        photos.prepare(large, tmp_path / "copy", side=40)
-    (tmp_path / "copy" / photos.MARKER).write_text("{")
-    with pytest.raises(data.DataError, match="prepared.json cannot be read .*; remove it and prepare again"):
-        photos.marked(tmp_path / "copy")
+    with pytest.raises(DataError, match="lies in .*; the copy should have a folder of its own"):
+        photographs.prepare(large, large / "small")
+    photographs.prepare(large, tmp_path / "copy", side=32)
+    with pytest.raises(DataError, match="holds a copy of smallest side 32; one of 40 needs another folder"):
+        photographs.prepare(large, tmp_path / "copy", side=40)
+    (tmp_path / "copy" / photographs.MARKER).write_text("{")
+    with pytest.raises(DataError, match="prepared.json cannot be read .*; remove it and prepare again"):
+        photographs.marked(tmp_path / "copy")
 
 
-# ---------------------------------------------------------------------------------------------- load, synthetic
+# ---------------------------------------------------------------------------------------------- load, drawn photographs
 
 
 def test_load_says_what_to_put_where(tmp_path):
-    with pytest.raises(data.DataError, match="imagenet/train is not there: ImageNet .* account"):
-        photos.load("imagenet", tmp_path)
-    with pytest.raises(data.DataError, match="imagenet-256 is no finished copy.*--prepare"):
-        photos.load("imagenet-256", tmp_path)
-    with pytest.raises(data.DataError, match="'imagenot'; there are imagenet, imagenet-256, synthetic"):
-        photos.load("imagenot", tmp_path)
+    with pytest.raises(DataError, match="imagenet/train is not there: ImageNet .* account"):
+        datasets.load("imagenet", tmp_path)
+    with pytest.raises(DataError, match="imagenet-256 is no finished copy.*--prepare"):
+        datasets.load("imagenet-256", tmp_path)
     make_tree(tmp_path / "imagenet")
-    dataset = photos.load("imagenet", tmp_path, size=32)
-    assert dataset.name == "imagenet" and dataset.shape == (3, 32, 32)
+    found = datasets.load("imagenet", tmp_path, size=32, threads=1, unreadable=0.5)
+    assert found.name == "imagenet" and found.shape == (3, 32, 32) and found.train.files.unreadable == 0.5
     make_tree(tmp_path / "imagenet-256")  # not by prepare
-    with pytest.raises(data.DataError, match="imagenet-256 is no finished copy"):
-        photos.load("imagenet-256", tmp_path)
+    with pytest.raises(DataError, match="imagenet-256 is no finished copy"):
+        datasets.load("imagenet-256", tmp_path)
 
 
 def everything(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.jpg"))}
 
 
-def test_synthetic_photographs(tmp_path, monkeypatch):
-    tree = photos.synthetic(tmp_path / "a", classes=3, images=5, test=2, threads=2)
-    files = everything(tree)
-    assert len(files) == 21 and files == everything(photos.synthetic(tmp_path / "b", 3, 5, 2, threads=1))
-    assert len(set(files.values())) == 21
-    assert files != everything(photos.synthetic(tmp_path / "c", 3, 5, 2, seed=1))
-    shapes = [Image.open(io.BytesIO(body)).size for body in files.values()]
-    assert all(64 <= side <= 128 for shape in shapes for side in shape) and any(w != h for w, h in shapes)
-    dataset = photos.of_tree("drawn", tree)
-    assert np.bincount(dataset.train_labels).tolist() == [5, 5, 5] and len(dataset.test_labels) == 6
-    monkeypatch.setattr(photos, "draw", lambda *a: pytest.fail("drawn twice"))
-    assert photos.synthetic(tmp_path / "a", classes=3, images=5, test=2) == tree
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [tree.name]
+def test_drawn_photographs(tmp_path, monkeypatch):
+    tree = drawn.photographs(tmp_path / "a", classes=3, images=5, test=2, threads=2)
+    assert tree == tmp_path / "a" / "synthetic-photos-3x5+2-seed0-v1"  # as it was always called
+    found = everything(tree)
+    assert len(set(found.values())) == 21 and found == everything(drawn.photographs(tmp_path / "b", 3, 5, 2, threads=1))
+    assert found != everything(drawn.photographs(tmp_path / "c", 3, 5, 2, seed=1))
+    sides = [Image.open(io.BytesIO(body)).size for body in found.values()]
+    assert all(64 <= side <= 128 for pair in sides for side in pair) and any(w != h for w, h in sides)
+    monkeypatch.setattr(drawn, "draw_photograph", lambda *a: pytest.fail("drawn twice"))
+    assert drawn.photographs(tmp_path / "a", classes=3, images=5, test=2) == tree
 
 
-def test_synthetic_is_whole_or_not(tmp_path, monkeypatch):
-    draw, drawn = photos.draw, []
+def test_drawn_photographs_are_whole_or_not(tmp_path, monkeypatch):
+    draw, drawings = drawn.draw_photograph, []
 
     def cut_short(*arguments):
-        drawn.append(0)
-        return draw(*arguments) if len(drawn) < 5 else 1 / 0
+        drawings.append(0)
+        return draw(*arguments) if len(drawings) < 5 else 1 / 0
 
-    monkeypatch.setattr(photos, "draw", cut_short)
+    (tmp_path / ".synthetic-photos-3x5+2-seed0-v1.tmp" / "train").mkdir(parents=True)  # of one that was killed
+    monkeypatch.setattr(drawn, "draw_photograph", cut_short)
     with pytest.raises(ZeroDivisionError):
-        photos.synthetic(tmp_path, 3, 5, 2, threads=2)
-    assert not list(tmp_path.iterdir()) and not live_threads()
+        drawn.photographs(tmp_path, 3, 5, 2, threads=2)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"] and not live_threads()
 
 
-def test_a_failure_in_one_thread_ends_the_others(monkeypatch):
-    begun, drained, deque = threading.Event(), threading.Event(), photos.deque
-    worked = []
+def test_of_two_that_want_photographs_one_draws_them(tmp_path, monkeypatch):
+    drawings, draw, looked = [], drawn.draw_tree, threading.Barrier(2, timeout=10)
+
+    @contextlib.contextmanager
+    def locked(path):
+        looked.wait()  # neither has found them
+        with files.locked(path):
+            yield
+
+    monkeypatch.setattr(drawn, "locked", locked)
+    monkeypatch.setattr(drawn, "draw_tree", lambda *a: drawings.append(0) or draw(*a))
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda i: drawn.photographs(tmp_path, 2, 2, 1, threads=1), range(2))
+    assert one == other and drawings == [0]
+
+
+def test_a_failure_in_one_thread_ends_the_others():
+    begun, worked = threading.Event(), []
 
     def work(i):
         worked.append(i)
         if i == 0:
-            begun.wait(10)
             raise ZeroDivisionError
-        begun.set()
-        drained.wait(10)
+        begun.wait(0.1)
 
-    monkeypatch.setattr(photos, "deque", lambda *a, **k: (deque(*a, **k), drained.set()))
     with pytest.raises(ZeroDivisionError):
-        photos.in_threads(work, 100, 2, "")
-    assert sorted(worked) == [0, 1]
+        list(in_threads(work, range(100), 2, ""))
+    assert max(worked) < 10
 
 
-def test_load_synthetic(tmp_path, monkeypatch):
-    monkeypatch.setattr(photos, "synthetic", functools.partial(photos.synthetic, classes=2, images=2, test=1))
-    dataset = photos.load("synthetic", tmp_path, size=32, threads=1)
-    assert dataset.name == "synthetic" and dataset.classes == 2
-    assert collected(dataset.train_batches(3, 0, 0))[0].shape == (4, 3, 32, 32)
+def test_results_of_threads_come_in_order():
+    assert list(in_threads(lambda i: -i, range(50), 3, "")) == [-i for i in range(50)]
+
+
+def test_load_drawn_photographs(tmp_path):
+    found = datasets.load("photographs", tmp_path, classes=2, images=2, size=32, threads=1, unreadable=0.1)
+    assert found.name == "photographs" and found.classes == 2 and found.shape == (3, 32, 32)
+    assert collected(found.train_batches(3, 0, 0))[0].shape == (4, 3, 32, 32) and len(found.test_labels) == 100

@@ -1,13 +1,11 @@
-"""Speed, measured in one call so that only ratios matter.
+"""Speed on a CPU, measured in one call so that only ratios matter (gpu.py: on a GPU).
 
-    python tests/bench.py mlp       a training step of the MLP beside PyTorch's (2.13, CPU)
-    python tests/bench.py resnet    a training step of ResNet-18 beside PyTorch's; --layers: layer by layer
-    python tests/bench.py kernel    the sparse kernel's methods; the infinite kernel beside neural-tangents' (JAX, CPU)
-    python tests/bench.py loader [FOLDER]    training crops of photographs a second, by threads; of FOLDER's JPEGs
-    python tests/bench.py allreduce          ResNet-18 on two ranks: the time to average gradients, scaling efficiency
-    python tests/bench.py imagenet           a training step at 224 x 224, and the arithmetic of Table 1
-    python tests/bench.py gpu [--all]        on a GPU: ResNet-18 and Figure 5's networks beside PyTorch's; --layers: a
-                                             step of ResNet-18 function by function (see bench_gpu.py)
+    python bench/cpu.py mlp                a training step of the MLP beside PyTorch's (2.13, CPU)
+    python bench/cpu.py resnet             a training step of ResNet-18 beside PyTorch's; --layers: layer by layer
+    python bench/cpu.py kernel             the sparse kernel's methods; the infinite kernel beside neural-tangents' (JAX)
+    python bench/cpu.py loader [FOLDER]    training crops of photographs a second, by threads; of FOLDER's JPEGs
+    python bench/cpu.py allreduce          ResNet-18 on two ranks: the time to average gradients, scaling efficiency
+    python bench/cpu.py imagenet           a training step at 224 x 224, and the arithmetic of Table 1
 
 Each implementation runs in a process of its own. `mlp` gives each 1 and 2 threads, alternates rounds between all and
 takes the best time of each; `resnet` gives each all cores. NEURAL_TANGENTS=PYTHON names the Python of an environment
@@ -25,32 +23,40 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # pytorch_models.py is the tests'
 WIDTHS = (5, 80, 320, 640)
 BUDGET, BATCH, EXAMPLES, STEPS, ROUNDS = 3970, 100, 60_000, 300, 5
 
 
 def ours(width):
     """The training step of exp_mlp_mnist.py: gather a batch, forward, backward, update."""
-    sys.path.insert(0, str(ROOT))
     import numpy as np
 
-    import data
-    import loop
+    import datasets
     import nn
+    from datasets.dataset import Arrays
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (EXAMPLES, 1, 28, 28), np.uint8)
     labels = rng.integers(0, 10, EXAMPLES)
-    dataset = data.Dataset("random", 10, images, labels, images, labels, np.float32([1]), np.float32([0]))
+    half = Arrays(images, labels)
+    dataset = datasets.Dataset("random", 10, half, half)
     batches = dataset.train_batches(BATCH, seed=0, epoch=0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
     nn.sparsify(model, BUDGET, seed=0)
     optimizer = nn.SGD(model.parameters(), lr=0.1)
 
-    def step():
-        loop.train_step(model, optimizer, *next(batches))
+    return lambda: train_step(model, optimizer, *next(batches))
 
-    return step
+
+def train_step(model, optimizer, x, labels, average=lambda model: None):
+    import nn
+
+    loss, _ = nn.classify(model(nn.Tensor(x)), labels)
+    loss.backward()
+    average(model)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def pytorch(width):
@@ -134,7 +140,6 @@ IMPLEMENTATIONS = ("ours", "NCHW", "channels_last")  # the last two are PyTorch'
 
 def resnet_ours(width):
     """The training step of exp_resnet_cifar.py on one batch."""
-    sys.path.insert(0, str(ROOT))
     import exp_resnet_cifar
 
     return training_step(exp_resnet_cifar.ResNet18(width), RESNET_BATCH, 32)
@@ -144,13 +149,12 @@ def training_step(model, batch, side):
     """A function that trains this network for one step on a random batch of images."""
     import numpy as np
 
-    import loop
     import nn
 
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((batch, 3, side, side), np.float32), rng.integers(0, 10, batch)
     optimizer = nn.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    return lambda *ranks: loop.train_step(model, optimizer, x, y, *ranks)
+    return lambda *average: train_step(model, optimizer, x, y, *average)
 
 
 def resnet_pytorch(width, memory_format):
@@ -196,20 +200,19 @@ def layer_step(name, channels_in, channels, side, k, stride):
     shape_out = RESNET_BATCH, channels, side // stride, side // stride
     inner = channels_in > 3  # the network's own input needs no gradient
     if name == "ours":
-        sys.path.insert(0, str(ROOT))
         import numpy as np
 
-        import conv
+        from engines import convolution, host
 
-        x, g = conv.empty(shape_in, np.float32), conv.empty(shape_out, np.float32)
+        x, g = host.empty(shape_in, np.float32), host.empty(shape_out, np.float32)
         x[...], g[...] = 1, 1
         w = np.ones((channels, channels_in, k, k), np.float32)
 
         def step():
-            conv.forward(x, w, stride, k // 2)
-            conv.weight_gradient(g, x, w.shape, stride, k // 2)
+            convolution.forward(x, w, stride, k // 2)
+            convolution.weight_gradient(g, x, w.shape, stride, k // 2)
             if inner:
-                conv.input_gradient(g, w, x.shape, stride, k // 2)
+                convolution.input_gradient(g, w, x.shape, stride, k // 2)
 
         return step
     import torch
@@ -302,7 +305,6 @@ def standardized_images(count, rng, d=784):
 
 def kernel_worker(name):
     """Print the seconds of one job."""
-    sys.path.insert(0, str(ROOT))
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -355,17 +357,16 @@ def kernel():
 
 def loader(folder=None):
     """Training crops of 224 x 224 a second; without a folder, of drawn JPEGs of ImageNet's most common size."""
-    sys.path.insert(0, str(ROOT))
     import numpy as np
     from PIL import Image
 
-    import photos
+    from datasets import photographs
 
     with tempfile.TemporaryDirectory() as tree:
         for half in ("train", "val"):
             Path(tree, half, "class").mkdir(parents=True)
         rng = np.random.default_rng(0)
-        sources = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in photos.SUFFIXES) if folder else []
+        sources = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in photographs.SUFFIXES) if folder else []
         for i, source in enumerate(sources or range(100)):
             for half in ("train", "val"):
                 path = Path(tree, half, "class", f"{i:04}.jpg")
@@ -383,14 +384,14 @@ def loader(folder=None):
 
         def pillow(path):
             with Image.open(path) as image:
-                box = photos.random_box(rng.random(22).tolist(), *image.size)
+                box = photographs.random_box(rng.random(22).tolist(), *image.size)
                 image.convert("RGB").resize((224, 224), Image.Resampling.BILINEAR, box)
 
         paths = list(Path(tree, "train", "class").iterdir())
         alone = count / best(lambda: [pillow(path) for path in paths], 6)
         print(f"Pillow alone, 1 thread: {alone:6.0f} decoded, cropped and resized a second")
         for threads in (1, 2, 4):
-            dataset = photos.of_tree("bench", tree, 224, threads)
+            dataset = photographs.of_tree("bench", tree, 224, threads)
             rates = []
             for epoch in range(6):
                 begin = time.perf_counter()
@@ -406,26 +407,29 @@ IMAGENET_BATCH, IMAGENET_WIDTHS, IMAGENET_EPOCHS, IMAGENET_IMAGES = 16, (64, 90,
 ASSUMED = 75e12, 300e12  # products and sums a second of one H100 in mixed precision: 8 and 30 % of its peak
 
 
-def resnet_operations(width, side, classes):
-    """Products and sums of a training step of ResNet-18 for one image: forward, and twice that for the two gradients.
+def operations(model, side):
+    """Products and sums of a training step for one image: forward, and twice that for the two gradients."""
+    import numpy as np
 
-    Images of 32 x 32 meet a 3 x 3 convolution first, larger ones a 7 x 7 of stride 2 and a maximum of stride 2.
-    """
-    if side > 32:
-        total, side = 7 * 7 * 3 * width * (side // 2) ** 2, side // 4
-    else:
-        total = 3 * 3 * 3 * width * side**2
-    channels_in = width
-    for stage in range(4):
-        channels = width << stage
-        side //= 2 if stage else 1
-        total += (9 * channels_in * channels + 27 * channels**2 + (channels_in * channels if stage else 0)) * side**2
-        channels_in = channels
-    return 6 * (total + channels_in * classes)
+    import nn
+
+    total, forward = [], nn.engine.conv
+
+    def counted(x, w, stride, padding):
+        y = forward(x, w, stride, padding)
+        total.append(w.size * y.shape[2] * y.shape[3])
+        return y
+
+    nn.engine.conv = counted
+    try:
+        model.eval()(nn.Tensor(np.zeros((1, 3, side, side), np.float32)))
+    finally:
+        nn.engine.conv = forward
+        model.train()
+    return 6 * (sum(total) + model.classifier.weight.size)
 
 
 def imagenet():
-    sys.path.insert(0, str(ROOT))
     import exp_resnet_imagenet
 
     print(f"ResNet-18 at 224 x 224, {os.cpu_count()} cores, dense, batch {IMAGENET_BATCH}; hours for {IMAGENET_EPOCHS} "
@@ -433,9 +437,10 @@ def imagenet():
     print(f"{'width':>5} {'GFLOP an image':>14} {'step, s':>8} {'images/s':>8} {'GFLOP/s':>8} {'one H100, hours':>22}"
           f"{'eight':>16}")
     for width in IMAGENET_WIDTHS:
-        flop, measured = resnet_operations(width, 224, 1000), ""
+        model, measured = exp_resnet_imagenet.ResNet18(width, 1000), ""
+        flop = operations(model, 224)
         if width <= 128:  # wider ones need more memory than a small machine has
-            step = training_step(exp_resnet_imagenet.ResNet18(width), IMAGENET_BATCH, 224)
+            step = training_step(model, IMAGENET_BATCH, 224)
             step()
             seconds = best(step, 3)
             measured = (f"{seconds:8.2f} {IMAGENET_BATCH / seconds:8.1f} "
@@ -450,18 +455,21 @@ def imagenet():
 
 def allreduce_worker(width):
     """On rank 0: print the seconds of a step on this rank's part of the batch, and of averaging alone."""
-    sys.path.insert(0, str(ROOT))
-    import distributed
     import exp_resnet_cifar
     import nn
+    from lab import processes
 
-    ranks = distributed.world()
+    ranks = processes.world()
     model = exp_resnet_cifar.ResNet18(width)
     nn.initialize(model, seed=0)
     step = training_step(model, RESNET_BATCH // ranks.size, 32)
-    step(ranks, 1 / ranks.size)
+
+    def average(model):
+        ranks.average(model, 1 / ranks.size)
+
+    step(average)
     timed = []
-    for work in (lambda: step(ranks, 1 / ranks.size), lambda: ranks.average(model, 1 / ranks.size)):
+    for work in (lambda: step(average), lambda: average(model)):
         rounds = []
         for _ in range(5):
             ranks.broadcast(None)
@@ -492,10 +500,6 @@ def allreduce():
 if __name__ == "__main__":
     if sys.argv[1:] in (["mlp"], ["kernel"], ["allreduce"], ["imagenet"]):
         {"mlp": mlp, "kernel": kernel, "allreduce": allreduce, "imagenet": imagenet}[sys.argv[1]]()
-    elif sys.argv[1:2] == ["gpu"]:
-        import bench_gpu
-
-        sys.exit(bench_gpu.main(sys.argv[2:]))
     elif sys.argv[1:2] == ["loader"] and len(sys.argv) <= 3:
         loader(*sys.argv[2:])
     elif sys.argv[1:] in (["resnet"], ["resnet", "--layers"]):

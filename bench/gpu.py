@@ -1,13 +1,10 @@
-"""The GPU part of bench.py: `python tests/bench.py gpu [--all] [--layers]`.
+"""Speed on a GPU beside PyTorch's: `python bench/gpu.py [--all] [--layers]`.
 
-Ours is a whole step: a batch put together on the card from a data set that lies there, with crops and flips, forward,
-backward, update, as one CUDA graph (loop.GraphSteps); "tuned": with cuDNN's plans chosen by time. PyTorch is given the
-same batch each time: "eager" channels_last with autocast, cudnn.benchmark and fused SGD, "compiled" network and loss
+Ours is a whole step: a batch put together on the GPU from a data set that lies there, with crops and flips, then
+forward, backward and update as one CUDA graph; "tuned": with cuDNN's plans chosen by time. PyTorch is given the same
+batch each time: "eager" channels_last with autocast, cudnn.benchmark and fused SGD, "compiled" network and loss
 through torch.compile in mode max-autotune. Each is a process of its own that prepares a case, then answers rounds in
 turn with the others. One that fails says why below the row. Ours is deterministic, PyTorch is not.
-
-Figure 5's networks: ours all of a width as one (together.py), PyTorch's one at a time, and "stacked" all as one through
-torch.func.vmap, compiled with CUDA graphs (reduce-overhead).
 
 Tuning and compiling take long: without --all the latter is done for some cases, and both as long as SECONDS last.
 PYTORCH=PYTHON names the Python of an environment with another PyTorch.
@@ -29,9 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import ROOT, resnet_operations
-
-PEAKS = {  # dense TFLOP/s by what the card's name holds, the first that fits; the data sheets
+ROOT = Path(__file__).resolve().parent.parent
+PEAKS = {  # dense TFLOP/s by what the GPU's name holds, the first that fits; the data sheets
     "H100 PCIe": dict(bf16=756, tf32=378, fp32=51), "H100 NVL": dict(bf16=835, tf32=418, fp32=60),
     "H100": dict(bf16=989, tf32=495, fp32=67), "H200": dict(bf16=989, tf32=495, fp32=67),
     "A100": dict(bf16=312, tf32=156, fp32=19.5),
@@ -42,7 +38,6 @@ ROUNDS, ROUND_SECONDS, WARM = 3, 0.3, 5  # WARM: steps before the first that is 
 PATIENCE = 150  # seconds for an answer
 # Unless --all, seconds in all for preparing networks, and after the start until when any of it may begin
 SECONDS, UNTIL = {"tuned": 150, "compiled": 130}, 300
-STACKED_SECONDS, STACKED_UNTIL = {"compiled": 60}, 420  # the same for the networks of Figure 5
 REPEATS = 20  # calls of a function in the graph that times it
 
 
@@ -59,50 +54,68 @@ def cifar(width, batch, precision="bf16", base=None, **more):
                 images=50_000 // batch * batch, seconds=ROUND_SECONDS) | more
 
 
+def mlp(width, batch=100, **more):
+    """One hidden layer as in exp_mlp_mnist.py, with the weights of width 5"""
+    return dict(net="mlp", width=width, batch=batch, precision="tf32", base=5, side=28, classes=10,
+                images=60_000, seconds=ROUND_SECONDS) | more
+
+
 def cases(simulated):
-    """({title: ResNet's cases}, the masked one, the one without a graph, those of --layers, widths of the MLP)"""
+    """(ResNet's cases, the masked one, the one without a graph, those of --layers, the MLP's)"""
     if simulated:
         tiny = dict(images=48, seconds=0)
         photographs = cifar(2, 4, side=64, classes=12, **tiny)
         return ([cifar(2, 4, **tiny), cifar(3, 4, "tf32", **tiny), photographs], cifar(4, 4, base=2, **tiny),
-                cifar(2, 4, **tiny), [cifar(2, 4, **tiny), photographs], (5, 20))
+                cifar(2, 4, **tiny), [cifar(2, 4, **tiny), photographs], [mlp(20, 10, images=80, seconds=0)])
     networks = [cifar(width, 128) for width in (64, 256, 8, 128)]
     photographs = cifar(64, 256, side=224, classes=1000, images=2048)
     networks.append(photographs)
     networks += [cifar(width, 512) for width in (64, 256, 8, 128)]
     networks += [cifar(width, 128, "tf32") for width in (64, 256, 8, 128)]
-    return networks, cifar(64, 128, base=8), cifar(8, 128), [cifar(64, 128), cifar(256, 128), photographs], None
+    return (networks, cifar(64, 128, base=8), cifar(8, 128), [cifar(64, 128), cifar(256, 128), photographs],
+            [mlp(width) for width in (5, 80, 640)])
 
 
 def title(case):
+    if case["net"] == "mlp":
+        return f"MLP    width {case['width']:3} batch {case['batch']:3}"
     kind = "CIFAR" if case["side"] == 32 else f"{case['side']} px"
     return f"{kind:6} width {case['width']:3} batch {case['batch']:3} {case['precision']}"
 
 
+def network(case):
+    """Ours, where nn computes"""
+    import exp_mlp_mnist
+    import exp_resnet_cifar
+    import exp_resnet_imagenet
+    import nn
+
+    if case["net"] == "mlp":
+        return exp_mlp_mnist.build(exp_mlp_mnist.Settings(width=case["width"]))
+    kind = (exp_resnet_cifar if case["side"] == 32 else exp_resnet_imagenet).ResNet18
+    model = kind(case["width"], case["classes"])
+    if case["base"]:
+        nn.sparsify(model, nn.weight_count(kind(case["base"], case["classes"])), seed=0)
+    return model
+
+
 # ---------------------------------------------------------------------------------------------- workers: ours
 # A worker's prepare(case) returns (run, memory): run(n) does n steps and waits for them, memory() is the most bytes of
-# the card that it held. about() says what it runs on.
-
-
-def endless(steps, progress):
-    """The steps of epoch after epoch."""
-    while True:
-        yield from steps.train(progress)
-        progress.epoch += 1
-        progress.step = progress.seen = 0
+# the GPU that it held. about() says what it runs on.
 
 
 class Ours:
     def __init__(self, name, simulated):
-        self.tune, self.graph, self.simulated = name == "tuned", name != "no graph", simulated
+        self.options = dict(tune=name == "tuned", capture=name != "no graph")
         sys.path.insert(0, str(ROOT))
         if simulated:
+            sys.path.insert(0, str(ROOT / "tests"))
             import simulated_gpu
 
             simulated_gpu.install()
         import nn
 
-        nn.use_device("gpu", tune=self.tune)
+        nn.use_device("gpu", **self.options)
 
     def about(self):
         import cudnn
@@ -110,8 +123,9 @@ class Ours:
 
         import nn
 
-        return dict(gpu=nn.gpu.versions()["gpu"], versions=f"CuPy {cupy.__version__}, cuDNN {cudnn.backend_version()} "
-                    f"(frontend {cudnn.__version__}), CUDA {cupy.cuda.runtime.runtimeGetVersion()}")
+        return dict(gpu=nn.engine.versions()["gpu"], versions=f"CuPy {cupy.__version__}, cuDNN "
+                    f"{cudnn.backend_version()} (frontend {cudnn.__version__}), CUDA "
+                    f"{cupy.cuda.runtime.runtimeGetVersion()}")
 
     def forget(self):
         """Give the memory of the case before back."""
@@ -120,77 +134,54 @@ class Ours:
         gc.collect()
         cupy.get_default_memory_pool().free_all_blocks()
 
-    def steps(self, case):
-        """(GraphSteps, its progress) of a network and data of random bytes"""
+    def training(self, case):
+        """(a generator of the batches of epoch after epoch, the step, model, optimiser), on data of random bytes"""
         import numpy as np
 
-        import data
-        import exp_resnet_cifar
-        import exp_resnet_imagenet
-        import loop
+        import datasets
         import nn
-        import train
 
-        nn.use_device("gpu", precision=case["precision"], tune=self.tune)
-        rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (case["images"], 3, case["side"], case["side"]), np.uint8)
-        labels = rng.integers(0, case["classes"], len(images))
-        dataset = data.normalized("random", case["classes"], (images, labels), (images[:1], labels[:1]), 0.5, 0.25)
-        dataset = dataset.augmented(4, True).to_device()
-        experiment = exp_resnet_cifar if case["side"] == 32 else exp_resnet_imagenet
-        # a learning rate at which random labels do no harm: numbers that are not finite would be faster
-        settings = experiment.Settings(width=case["width"], batch=case["batch"], lr=0.01, graph=self.graph)
-        model = experiment.ResNet18(case["width"], case["classes"])
-        if case["base"]:
-            nn.sparsify(model, sum(exp_resnet_cifar.layer_sizes(case["base"], case["classes"])), seed=0)
-        optimizer = experiment.EXPERIMENT.optimizer(settings, model.parameters())
+        nn.use_device("gpu", precision=case["precision"], **self.options)
+        rng, channels = np.random.default_rng(0), 1 if case["net"] == "mlp" else 3
+        images = rng.integers(0, 256, (case["images"], channels, case["side"], case["side"]), np.uint8)
+        labels, factor = rng.integers(0, case["classes"], len(images)), np.full((channels, 1, 1), 0.25)
+        train = datasets.dataset.Arrays(images, labels).standardized(2 * factor, factor)
+        dataset = datasets.Dataset("random", case["classes"], train, train)
+        model, options = network(case), dict(lr=0.1)
+        if case["net"] == "resnet":  # at a rate where random labels do no harm: what is not finite would be faster
+            dataset, options = dataset.augmented(4, True), dict(lr=0.01, momentum=0.9, weight_decay=5e-4)
+        optimizer = nn.SGD(model.parameters(), **options)
+
+        @nn.compiled
+        def step(x, labels):
+            loss, sums = nn.classify(model(nn.Tensor(x)), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return sums
+
         self.forget()  # what only the beginning needed
-        return loop.GraphSteps(settings, dataset, model, optimizer, case["batch"]), train.Progress()
-
-    def stacked_steps(self, case):
-        """The same of the networks of Figure 5 of a width, as one"""
-        import numpy as np
-
-        import data
-        import exp_mlp_mnist
-        import loop
-        import nn
-        import together
-        import train
-
-        nn.use_device("gpu", tune=self.tune)
-        runs = stack_of(case)
-        rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (case["images"], 1, 28, 28), np.uint8)
-        labels = rng.integers(0, 10, len(images))
-        dataset = data.normalized("random", 10, (images, labels), (images[:1], labels[:1]), 0.1307, 0.3081).to_device()
-        models = [exp_mlp_mnist.build(run, dataset) for run in runs]
-        whole = together.stack(models, exp_mlp_mnist.build(runs[0], dataset))
-        optimizer = exp_mlp_mnist.EXPERIMENT.optimizer(runs[0], whole.parameters())
-        optimizer.lr = np.array([run.lr for run in runs])
-        steps = loop.GraphSteps(runs[0], dataset, whole, optimizer, 1000, members=runs)
-        return steps, together.Progresses([train.Progress() for _ in runs])
+        epochs = (dataset.train_batches(case["batch"], 0, epoch) for epoch in itertools.count())
+        return itertools.chain.from_iterable(epochs), step, model, optimizer
 
     def prepare(self, case):
-        import cupy
         import numpy as np
 
         import nn
 
-        steps, progress = (self.stacked_steps if case["net"] == "mlp" else self.steps)(case)
-        going = endless(steps, progress)
+        batches, step, _, _ = self.training(case)
+        sums = None
 
         def run(count):
-            for _ in itertools.islice(going, count):
-                pass
-            nn.gpu.stream.synchronize()
+            nonlocal sums
+            for x, labels in itertools.islice(batches, count):
+                sums = step(x, labels)
+            nn.engine.synchronize()
 
         def memory():
-            steps.read(progress)
-            if not np.isfinite(progress.loss_sum).all():
+            if not np.isfinite(nn.to_host(sums)).all():
                 raise Failure("the loss is not finite")
-            pools = steps.pool, cupy.get_default_memory_pool()
-            return sum(pool.total_bytes() for pool in pools) - steps.dataset.train_images.nbytes
+            return nn.engine.memory() - case["images"] * (1 if case["net"] == "mlp" else 3) * case["side"]**2
 
         return run, memory
 
@@ -200,17 +191,14 @@ class Ours:
         """
         import cupy
 
-        import loop
         import nn
-        from gpu import milliseconds
+        from engines.gpu_convolution import milliseconds
 
-        steps, progress = self.steps(case)
-        going = endless(steps, progress)
+        batches, step, model, optimizer = self.training(case)
         for _ in range(WARM):
-            next(going)
-        step = milliseconds(lambda: next(going), 20) * 1000
-        going.close()
-        feed, calls = steps.feeds[True], []
+            step(*next(batches))
+        whole = milliseconds(lambda: step(*next(batches)), 20) * 1000
+        calls = []
 
         def recording(name, function):
             def call(*args):
@@ -219,38 +207,30 @@ class Ours:
 
             return call
 
-        def first_batch(size, batch=feed.batch):
-            feed.cursor.fill(0)  # else the data would end
-            return batch(size)
-
-        feed.begin(*steps.shuffled(0))
-        feed.batch = recording("batch", first_batch)
         for name in PARTS:
-            setattr(nn.gpu, name, recording(name, getattr(nn.gpu, name)))
-        loop.train_step(steps.model, steps.optimizer, *feed.batch(case["batch"]))
+            setattr(nn.engine, name, recording(name, getattr(nn.engine, name)))
+        step.function(*next(batches))  # as it is, not as a graph
         for name in PARTS:
-            delattr(nn.gpu, name)
-        for p in steps.model.parameters():
-            p.grad = nn.stored(nn.xp.ones_like(p.data) * 1e-6)  # SGD is to move them again
+            delattr(nn.engine, name)
         found = {}
         for name, function, args in calls:
             what, operations = described(name, args)
             if (name, what) not in found:
-                replay = nn.gpu.replay(lambda: [function(*args) for _ in range(REPEATS)], nn.gpu.pool())
+                graph = nn.engine.compiled(lambda: [function(*args) for _ in range(REPEATS)])
                 for _ in range(3):
-                    replay()
-                us = milliseconds(replay) * 1000 / REPEATS
+                    graph()
+                us = milliseconds(graph) * 1000 / REPEATS
                 arrays = {id(a): a.nbytes for a in flat((args, function(*args))) if isinstance(a, cupy.ndarray)}
                 if name == "sgd":  # reads weight, velocity and gradient, writes two of them
-                    arrays = {0: sum(5 * p.data.nbytes for p in steps.model.parameters())}
+                    arrays = {0: sum(5 * p.data.nbytes for p in model.parameters())}
                 found[name, what] = [name, what, 0, us, operations, sum(arrays.values())]
-                del replay
+                del graph
             found[name, what][2] += 1
-        return list(found.values()), step
+        return list(found.values()), whole
 
 
-PARTS = ("weights", "forward", "input_gradient", "weight_gradient", "batch_norm", "batch_norm_backward", "add",
-         "max_pool", "max_pool_gradient", "mean_pool", "mean_pool_gradient", "product", "cross_entropy", "sgd")
+PARTS = ("fill", "weights", "conv", "conv_input_gradient", "conv_weight_gradient", "batch_norm", "batch_norm_gradients",
+         "add", "max_pool", "max_pool_gradient", "mean_pool", "mean_pool_gradient", "product", "cross_entropy", "sgd")
 
 
 def flat(tree):
@@ -266,16 +246,16 @@ def described(name, args):
     def sizes(shape):
         return " x ".join(map(str, shape))
 
-    if name in ("forward", "input_gradient", "weight_gradient"):
+    if name.startswith("conv"):
         first, second, third = args[:3]
-        x, w = {"forward": lambda: (first.shape, second.shape), "input_gradient": lambda: (third, second.shape),
-                "weight_gradient": lambda: (second.shape, third)}[name]()
+        x, w = {"conv": lambda: (first.shape, second.shape), "conv_input_gradient": lambda: (third, second.shape),
+                "conv_weight_gradient": lambda: (second.shape, third)}[name]()
         (N, C, H, W), (O, _, k, _), (stride, padding) = x, w, args[-2:]
         h = (H + 2 * padding - k) // stride + 1
         stride = f" / {stride}" if stride > 1 else ""
         return f"{C} -> {O}, {H} x {W}, {k} x {k}{stride}", 2 * N * O * C * k * k * h * h
-    if name == "batch":
-        return f"of {args[0]}", 0
+    if name == "fill":  # a batch
+        return f"of {len(args[0])}", 0
     if name == "sgd":
         return f"{len(args[0])} parameters", 0
     if name == "product":
@@ -283,22 +263,11 @@ def described(name, args):
     if name == "batch_norm":
         x, add, relu = args[0], *args[8:10]
         return sizes(x.shape[1:]) + (", add" if add is not None else "") + (", ReLU" if relu else ""), 0
-    if name == "batch_norm_backward":
+    if name == "batch_norm_gradients":
         x, out, separate = args[1], args[2], args[6]
         return sizes(x.shape[1:]) + (", add" if separate else "") + (", ReLU" if out is not None else ""), 0
     shape = next(a.shape for a in args if hasattr(a, "shape"))
     return sizes(shape if name == "weights" else shape[1:]), 0
-
-
-def stack_of(case):
-    """The Settings of Figure 5's networks of a width."""
-    from dataclasses import replace
-
-    import exp_mlp_mnist
-
-    settings = replace(exp_mlp_mnist.Settings(), batch=case["batch"])
-    return [run for run in exp_mlp_mnist.fig5_runs(settings)
-            if run.width == case["width"] and run.activation == "relu"]
 
 
 # ---------------------------------------------------------------------------------------------- workers: PyTorch
@@ -315,7 +284,7 @@ class PyTorch:
         if simulated:
             torch.set_num_threads(1)  # for small arrays several are slower
         torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
-        sys.path.insert(0, str(ROOT))
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # pytorch_models.py is the tests'
 
     def about(self):
         import torch
@@ -338,25 +307,25 @@ class PyTorch:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def compile(self, function, mode):
-        import torch
-
-        options = dict(backend="aot_eager") if self.simulated else dict(mode=mode)  # the former takes no compiler
-        return torch.compile(function, dynamic=False, **options)
-
-    def resnet(self, case):
+    def training(self, case):
         """(step, a function that returns the loss)"""
         import torch
-        from pytorch_models import resnet18
+        from pytorch_models import mlp, resnet18
         from torch.nn.functional import cross_entropy
 
-        torch.set_float32_matmul_precision("high")  # TF32, where autocast does not say otherwise
         width, batch, side, classes = (case[key] for key in ("width", "batch", "side", "classes"))
-        model = resnet18(width, classes, side).to(self.device, memory_format=torch.channels_last)
-        x = torch.randn(batch, 3, side, side, device=self.device).contiguous(memory_format=torch.channels_last)
         y = torch.randint(0, classes, (batch,), device=self.device)
+        if case["net"] == "mlp":
+            torch.set_float32_matmul_precision("highest")
+            model, x = mlp(width).to(self.device), torch.randn(batch, side**2, device=self.device)
+            options = dict(lr=0.1)
+        else:
+            torch.set_float32_matmul_precision("high")  # TF32, where autocast does not say otherwise
+            model = resnet18(width, classes, side).to(self.device, memory_format=torch.channels_last)
+            x = torch.randn(batch, 3, side, side, device=self.device).contiguous(memory_format=torch.channels_last)
+            options = dict(lr=0.01, momentum=0.9, weight_decay=5e-4)
         params = list(model.parameters())
-        optimizer = torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+        optimizer = torch.optim.SGD(params, fused=True, **options)
         pairs = [(p, mask) for p, mask in zip(params, self.masks(case)) if mask is not None]
         masked, masks = [p for p, _ in pairs], [mask for _, mask in pairs]
         with torch.no_grad():
@@ -369,7 +338,8 @@ class PyTorch:
                 return cross_entropy(model(x), y)
 
         if self.compiled:
-            loss_of = self.compile(loss_of, "max-autotune")
+            options = dict(backend="aot_eager") if self.simulated else dict(mode="max-autotune")
+            loss_of = torch.compile(loss_of, dynamic=False, **options)  # aot_eager needs no compiler
 
         def step():
             optimizer.zero_grad(set_to_none=True)
@@ -389,81 +359,14 @@ class PyTorch:
             return itertools.repeat(None)
         import torch
 
-        import exp_resnet_cifar
-        import nn
-
-        model = exp_resnet_cifar.ResNet18(case["width"], case["classes"])
-        nn.sparsify(model, sum(exp_resnet_cifar.layer_sizes(case["base"], case["classes"])), seed=0)
         return [None if p.mask is None else torch.tensor(p.mask, dtype=torch.float32, device=self.device)
                 .contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
-                for p in model.parameters()]
-
-    def mlps(self, case):
-        """The same for networks of Figure 5: eager the first of them, compiled all as one through vmap."""
-        import torch
-        import torch._dynamo
-        from pytorch_models import mlp
-        from torch.func import grad, vmap
-        from torch.nn.functional import cross_entropy, linear
-
-        import exp_mlp_mnist
-
-        torch.set_float32_matmul_precision("highest")
-        runs = stack_of(case)
-        models = [exp_mlp_mnist.build(run, None) for run in (runs if self.compiled else runs[:1])]
-        K, N = len(models), case["batch"]
-
-        def stacked(arrays):
-            return torch.stack([torch.tensor(a, dtype=torch.float32) for a in arrays]).to(self.device)
-
-        layers = list(zip(*(model.parameters() for model in models)))  # each of the four, of all networks
-        values = [stacked([p.data for p in ps]) for ps in layers]
-        masks = [stacked([p.mask if p.mask is not None else p.data * 0 + 1 for p in ps])
-                 if any(p.mask is not None for p in ps) else None for ps in layers]
-        x, y = torch.randn(K, N, 784, device=self.device), torch.randint(0, 10, (K, N), device=self.device)
-        if not self.compiled:
-            model = mlp(case["width"]).to(self.device)
-            params = list(model.parameters())
-            with torch.no_grad():
-                for p, value in zip(params, values):
-                    p.copy_(value[0])
-            pairs = [(p, mask[0]) for p, mask in zip(params, masks) if mask is not None]
-            optimizer = torch.optim.SGD(params, lr=runs[0].lr, fused=True)
-            x, y = x[0], y[0]
-
-            def step():
-                optimizer.zero_grad(set_to_none=True)
-                cross_entropy(model(x), y).backward()
-                if pairs:
-                    torch._foreach_mul_([p.grad for p, _ in pairs], [mask for _, mask in pairs])
-                optimizer.step()
-
-            return step, lambda: cross_entropy(model(x), y).item()
-
-        def loss(params, x, y):
-            w1, b1, w2, b2 = params
-            return cross_entropy(linear(torch.relu(linear(x, w1, b1)), w2, b2), y)
-
-        def update(params, x, y):
-            for p, g, mask in zip(params, vmap(grad(loss))(params, x, y), masks):
-                p.sub_(runs[0].lr * (g if mask is None else g * mask))
-
-        if case["compile"]:
-            for p in (*values, x, y):
-                torch._dynamo.mark_static_address(p)  # else what is changed in place is in no CUDA graph
-            update = self.compile(update, "reduce-overhead")
-
-        def step():
-            if case["compile"]:
-                torch.compiler.cudagraph_mark_step_begin()
-            update(values, x, y)
-
-        return torch.no_grad()(step), lambda: vmap(loss)(values, x, y).max().item()
+                for p in network(case).parameters()]
 
     def prepare(self, case):
         import torch
 
-        step, loss = (self.mlps if case["net"] == "mlp" else self.resnet)(case)
+        step, loss = self.training(case)
 
         def run(count):
             for _ in range(count):
@@ -503,7 +406,7 @@ def answer(worker, question, state):
             begin = time.perf_counter()
             run(3)
             one = (time.perf_counter() - begin) / 3
-            count = case.get("steps") or max(3, min(2000, int(case["seconds"] / one)))
+            count = max(3, min(2000, int(case["seconds"] / one)))
             state.update(run=run, memory=memory, count=count)
         return {}
     begin = time.perf_counter()
@@ -542,14 +445,9 @@ class Workers:
 
     def __init__(self, simulated, everything):
         self.simulated, self.running, self.hopeless = simulated, {}, {}
-        self.began, self.unlimited = time.monotonic(), everything or simulated
         self.patience = 1200 if everything else PATIENCE
-        self.limit(SECONDS, UNTIL)
-
-    def limit(self, seconds, until):
-        """Spend no more than these seconds on preparing networks, {worker: seconds}, and none after `until`."""
-        self.left = {} if self.unlimited else dict(seconds)
-        self.until = self.began + until
+        self.left = {} if everything or simulated else dict(SECONDS)  # for preparing networks, and none after `until`
+        self.until = time.monotonic() + UNTIL
 
     def start(self, name):
         if name not in self.running:
@@ -591,12 +489,12 @@ class Workers:
             self.hopeless[name] = reply["hopeless"]
             raise Failure(reply["hopeless"])
         if "error" in reply:
-            self.stop(name)  # after some errors of a card nothing works any more
+            self.stop(name)  # after some errors of a GPU nothing works any more
             raise Failure(reply["error"])
         return reply
 
     def prepare(self, name, case):
-        limited = name in self.left and case.get("compile", True)
+        limited = name in self.left
         left = min(self.left[name], self.until - time.monotonic()) if limited else math.inf
         if left < 5:
             raise Failure("no time is left for it; --all takes more")
@@ -658,18 +556,18 @@ def reasons(found):
             print(f"    {WORKERS[name]}: {value}", flush=True)
 
 
-def peak_of(card):
-    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", card)), {})
+def peak_of(device):
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device)), {})
 
 
 def header(workers, about):
-    card, driver = about["gpu"], "unknown"
+    device, driver = about["gpu"], "unknown"
     if shutil.which("nvidia-smi"):
         asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True,
                                capture_output=True)
         driver = asked.stdout.split()[0] if asked.returncode == 0 and asked.stdout else driver
-    peak = ", ".join(f"{value:g} in {name}" for name, value in peak_of(card).items())
-    print(f"{card}, dense peak {f'{peak} TFLOP/s' if peak else 'unknown'}, driver {driver}")
+    peak = ", ".join(f"{value:g} in {name}" for name, value in peak_of(device).items())
+    print(f"{device}, dense peak {f'{peak} TFLOP/s' if peak else 'unknown'}, driver {driver}")
     try:
         theirs = workers.ask("eager", about=1)["versions"]
     except Failure as failure:
@@ -678,17 +576,20 @@ def header(workers, about):
 
 
 RESNET_WIDTHS = 8, 8, 8, 9, 7, 7, 7, 7, 7, 7, 8, 7, 7, 9
-MLP_WIDTHS = 9, 9, 9, 9, 9, 11
+MLP_WIDTHS = 9, 9, 9, 7, 7
 
 
-def resnet_row(workers, case, names, card):
+def resnet_row(workers, case, names, device):
     found = workers.measure(case, names)
-    peak = peak_of(card).get(case["precision"])
-    operations = case["batch"] * resnet_operations(case["width"], case["side"], case["classes"])
+    peak = peak_of(device).get(case["precision"])
+    if peak:
+        from cpu import operations
+
+        count = case["batch"] * operations(network(case), case["side"])
     parts = []
     for name in ("ours", "tuned"):
         measured = peak and isinstance(found.get(name), tuple)
-        parts.append(f"{operations / found[name][0] / peak / 1e12:.1%}" if measured else "-")
+        parts.append(f"{count / found[name][0] / peak / 1e12:.1%}" if measured else "-")
     four = "ours", "tuned", "eager", "compiled"
     row(f"{title(case) + (' masked' if case['base'] else ''):38}",
         [*(number(found, name, 1e3) for name in four),
@@ -697,16 +598,16 @@ def resnet_row(workers, case, names, card):
     reasons(found)
 
 
-def resnets(workers, networks, masked, everything, card):
+def resnets(workers, networks, masked, everything, device):
     print(f"\nResNet-18, a training step: milliseconds, the least of {ROUNDS} rounds; ratios to PyTorch eager and "
-          "compiled;\npart of the card's peak; most memory of the card in MB, without data sets")
+          "compiled;\npart of the GPU's peak; most memory of the GPU in MB, without data sets")
     row(f"{'':38}", ["ours", "tuned", "eager", "compiled", "o/eag", "t/eag", "o/com", "t/com", "peak o", "peak t",
                      "MB ours", "tuned", "eager", "compiled"], RESNET_WIDTHS)
     for case in networks:
         compiles = everything or workers.simulated or case["width"] in (64, 256) and case["precision"] == "bf16"
-        resnet_row(workers, case, ["ours", "tuned", "eager", *(["compiled"] if compiles else [])], card)
+        resnet_row(workers, case, ["ours", "tuned", "eager", *(["compiled"] if compiles else [])], device)
     # in PyTorch gradients are multiplied by masks before the update
-    resnet_row(workers, masked, ["ours", "tuned", "eager"], card)
+    resnet_row(workers, masked, ["ours", "tuned", "eager"], device)
 
 
 def graphs(workers, case):
@@ -716,33 +617,19 @@ def graphs(workers, case):
     reasons(found)
 
 
-def mlps(workers, widths):
-    import exp_mlp_mnist
-
-    simulated = workers.simulated
-    workers.limit(STACKED_SECONDS, STACKED_UNTIL)
-    print("\nFigure 5's networks: microseconds a network and step; ours and stacked all of a width as one, stacked: "
-          "PyTorch's\nvmap, compiled; eager one at a time")
-    row(f"{'':10}", ["networks", "ours", "stacked", "eager", "o/eag", "o/stacked"], MLP_WIDTHS)
-    for width in widths or exp_mlp_mnist.FIG5_WIDTHS:
-        case = dict(net="mlp", width=width, batch=10 if simulated else 100, images=80 if simulated else 60_000,
-                    steps=8 if simulated else 600, compile=True)  # a round: an epoch
-        count, found = len(stack_of(case)), workers.measure(case, ["ours", "compiled", "eager"])
-        wrong = found["compiled"]
-        if isinstance(wrong, Failure):
-            found |= workers.measure(case | {"compile": False}, ["compiled"])
-        each = {name: (value[0] / (1 if name == "eager" else count), 0) if isinstance(value, tuple) else value
-                for name, value in found.items()}
-        row(f"width {width:3} ", [f"{count}", *(number(each, name, 1e6) for name in ("ours", "compiled", "eager")),
-                                  ratio(each, "ours", "eager"), ratio(each, "ours", "compiled")], MLP_WIDTHS)
-        if isinstance(wrong, Failure):
-            print(f"    stacked is not compiled here: {wrong}")
+def mlps(workers, networks):
+    print("\nMLP of Figure 5, masked: microseconds a step, each network by itself")
+    row(f"{'':38}", ["ours", "eager", "compiled", "o/eag", "o/com"], MLP_WIDTHS)
+    for case in networks:
+        found = workers.measure(case, ["ours", "eager", "compiled"])
+        row(f"{title(case):38}", [*(number(found, name, 1e6, 1) for name in ("ours", "eager", "compiled")),
+                                  *(ratio(found, "ours", theirs) for theirs in ("eager", "compiled"))], MLP_WIDTHS)
         reasons(found)
 
 
 def layers(workers, case):
     found = {}
-    print(f"\n{title(case)}: microseconds on the card of the engine's functions, each call in a graph of its own; "
+    print(f"\n{title(case)}: microseconds on the GPU of the engine's functions, each call in a graph of its own; "
           "TFLOP/s of\nconvolutions, else GB/s if every array met memory once")
     for name in ("ours", "tuned"):
         try:
@@ -756,7 +643,7 @@ def layers(workers, case):
     row(f"{'':58}", ["calls", "ours", "tuned", "o/s", "t/s", "ours, all"], widths)
     totals = {}
     first = next(iter(times.values()))
-    for key in sorted(first, key=lambda key: (["batch", *PARTS].index(key[0]), list(first).index(key))):
+    for key in sorted(first, key=lambda key: (PARTS.index(key[0]), list(first).index(key))):
         cells = []
         for name in ("ours", "tuned"):
             r = times.get(name, {}).get(key)
@@ -777,20 +664,20 @@ def layers(workers, case):
 
 
 def main(words):
-    """What `bench.py gpu` does with the words behind it; returns the exit code."""
+    """What the command line asks for; returns the exit code."""
     known = {"--all", "--layers", "--simulated"}
     if set(words) - known:
-        print(f"bench.py gpu takes {' and '.join(sorted(known - {'--simulated'}))}, not {' '.join(words)}",
+        print(f"bench/gpu.py takes {' and '.join(sorted(known - {'--simulated'}))}, not {' '.join(words)}",
               file=sys.stderr)
         return 2
     everything, simulated = "--all" in words, "--simulated" in words
     sys.path.insert(0, str(ROOT))
-    networks, masked, ungraphed, layered, widths = cases(simulated)
+    networks, masked, ungraphed, layered, perceptrons = cases(simulated)
     with Workers(simulated, everything) as workers:
         try:
             about = workers.ask("ours", about=1)
         except Failure as failure:
-            print(f"bench.py gpu: {failure}", file=sys.stderr)
+            print(f"bench/gpu.py: {failure}", file=sys.stderr)
             return 2
         for name in WORKERS if "--layers" not in words else ("tuned",):
             workers.start(name)
@@ -802,10 +689,12 @@ def main(words):
         else:
             resnets(workers, networks, masked, everything, about["gpu"])
             graphs(workers, ungraphed)
-            mlps(workers, widths)
+            mlps(workers, perceptrons)
     return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    serve(sys.argv[2], bool(sys.argv[3]))
+    if sys.argv[1:2] == ["worker"]:
+        serve(sys.argv[2], bool(sys.argv[3]))
+    else:
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1093 @@
+"""engines/gpu.py, gpu_convolution.py and gpu.cu: the kernels compile, every result is that of the CPU; and whole runs.
+
+What has the fixture `engine` runs on a GPU, or on a simulated one. Every convolution's plan: proofs/test_gpu_proofs.py.
+"""
+
+import gc
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from simulated_gpu import launches
+
+import exp_bottleneck as bottleneck
+import exp_mlp_mnist as mlp
+import exp_resnet_cifar as resnet
+import exp_resnet_imagenet as imagenet
+import lab
+import nn
+from datasets.dataset import Arrays
+from engines import EngineError, cpu, output_size
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = cpu.Engine()
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+# Of results, relative to the largest entry. Measured of convolutions on the simulated GPU: 2.2e-7, 7e-16, 6e-4, 3.3e-3;
+# of the numbers themselves, half a unit in the last place at most: 6e-8, 1.1e-16, 4.9e-4, 3.9e-3.
+TOLERANCE = {"fp32": 1e-6, "float64": 5e-15, "tf32": 1e-3, "bf16": 4e-3}
+
+
+@pytest.fixture
+def engine(gpu):
+    """engine(precision=...) switches to the GPU and returns its engine"""
+    def switch(**options):
+        gpu(**options)
+        return nn.engine
+
+    return switch
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def module():
+    """engines/gpu.py, which can be imported once there is a CuPy, a real or a simulated one."""
+    return importlib.import_module("engines.gpu")
+
+
+def planner():
+    """engines/gpu_convolution.py, likewise"""
+    return importlib.import_module("engines.gpu_convolution")
+
+
+def host(array):
+    """As float64 on the host"""
+    return nn.to_host(array).astype(np.float64)
+
+
+def error(got, want):
+    """Largest difference over the largest wanted entry."""
+    got = got if isinstance(got, np.ndarray) else host(got)
+    assert got.shape == want.shape, f"{got.shape} instead of {want.shape}"
+    assert np.isfinite(got).all()
+    return np.abs(got - want).max(initial=0) / (np.abs(want).max(initial=0) or 1)
+
+
+def same_bits(x, y):
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def rounded(array, engine, dtype=np.float32):
+    """(on the GPU in this type, the same values as the engine keeps them, in float64)"""
+    array = np.asarray(array, dtype)
+    return nn.xp.asarray(array), array.astype(engine.kind(array.dtype)).astype(np.float64)
+
+
+def tolerance(precision, dtype):
+    return TOLERANCE["float64" if dtype == np.float64 else precision]
+
+
+def is_simulated(request):
+    return request.config.gpu == "simulated gpu"
+
+
+# ---------------------------------------------------------------------------------------------- kernels compile
+
+PACKS = {"float": (1, 2, 4), "double": (1, 2), "bfloat16": (1, 2, 4, 8)}
+
+
+def defines(kind, pack):
+    return f"-DTYPE={kind}", f"-DREAL={'double' if kind == 'double' else 'float'}", f"-DV={pack}", "-std=c++17"
+
+
+def nvcc(kind, pack, compute, out):
+    """What the compiler says of the kernels' use of registers and memory"""
+    command = ["nvcc", f"-arch=sm_{compute}", "-cubin", "--resource-usage", *defines(kind, pack), "-o", str(out),
+               str(ROOT / "engines" / "gpu.cu")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc to compile with")
+def test_kernels_compile_and_fit(tmp_path):
+    """No registers are spilled, nothing lies in local memory, and a block's shared memory needs no permission."""
+    text = nvcc("bfloat16", 8, 90, tmp_path / "gpu.cubin")
+    names = re.findall(r"Function properties for (\w+)", text)
+    local = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    assert sorted(names) == sorted(re.findall(r"__global__ .*?void (?:__launch_bounds__\(\d+\) )?(\w+)\(",
+                                              (ROOT / "engines" / "gpu.cu").read_text()))
+    assert len(local) == len(names) > 15
+    assert all(set(row) == {"0"} for row in local), list(zip(names, local))
+    assert max(int(size) for size in re.findall(r"(\d+) bytes smem", text)) <= 48 * 1024
+
+
+def test_packs_are_those_that_compile(engine):
+    engine(precision="bf16")
+    for name, packs in {name: set(PACKS[kind]) for name, (kind, _) in module().TYPES.items()}.items():
+        chosen = {C: module().pack(C, module().dtype_of(name)) for C in range(1, 70)}
+        assert set(chosen.values()) == packs and all(C % v == 0 for C, v in chosen.items())
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def lying_as(xp, array, axes=(0, 1, 2, 3), index=Ellipsis, shape=None):
+    """On the GPU, the axes in this order in memory; or as a part, by `index`, of a larger array."""
+    axes, shape = list(axes), shape or array.shape
+    whole = xp.full([shape[a] for a in axes], 7, array.dtype).transpose(np.argsort(axes).tolist())
+    part = whole[index]
+    part[...] = xp.asarray(array)
+    return part
+
+
+NHWC = 0, 2, 3, 1
+LAYOUTS = {
+    "NCHW": lambda xp, a: xp.asarray(a),
+    "NHWC": lambda xp, a: lying_as(xp, a, NHWC),
+    "CPU's order": lambda xp, a: lying_as(xp, a, (2, 1, 3, 0)),
+    "all but one image": lambda xp, a: lying_as(xp, a, NHWC, np.s_[1:], (a.shape[0] + 1, *a.shape[1:])),
+    "some channels": lambda xp, a: lying_as(xp, a, NHWC, np.s_[:, 1:-1], (a.shape[0], a.shape[1] + 2, *a.shape[2:])),
+    "some columns": lambda xp, a: lying_as(xp, a, NHWC, np.s_[..., 1::2], (*a.shape[:3], 2 * a.shape[3])),
+    "upside down": lambda xp, a: lying_as(xp, a[:, :, ::-1], NHWC)[:, :, ::-1],
+}
+SHAPES = [((3, 1, 7, 6), 5, 3, 1, 1), ((2, 3, 9, 8), 8, 7, 2, 3), ((3, 5, 6, 5), 3, 1, 2, 0),
+          ((2, 8, 8, 8), 18, 3, 2, 1), ((1, 18, 5, 7), 8, 3, 1, 0), ((2, 5, 6, 7), 1, 3, 1, 2),
+          ((1, 1, 5, 3), 1, 1, 1, 0), ((2, 8, 7, 6), 5, 3, 2, 0)]  # x, O, kernel, stride, padding
+
+
+def problem(rng, shape, O, k, stride, padding):
+    """x, w, g of a convolution"""
+    w = O, shape[1], k, k
+    return [rng.standard_normal(s) for s in (shape, w, (shape[0], O, *output_size(shape, w, stride, padding)))]
+
+
+def convolved(engine, x, w, g, stride, padding):
+    """y, dx, dw of a convolution"""
+    weights = engine.weights(w)
+    return (engine.conv(x, weights, stride, padding), engine.conv_input_gradient(g, weights, x.shape, stride, padding),
+            engine.conv_weight_gradient(g, x, w.shape, stride, padding))
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", np.float32), ("fp32", np.float64), ("tf32", np.float32),
+                                              ("bf16", np.float32), ("bf16", np.float64)])
+@pytest.mark.parametrize("shape, O, k, stride, padding", SHAPES)
+def test_convolution(engine, rng, precision, dtype, shape, O, k, stride, padding):
+    gpu = engine(precision=precision)
+    arrays, wanted = zip(*(rounded(a, gpu, dtype) for a in problem(rng, shape, O, k, stride, padding)))
+    for ours, theirs, name in zip(convolved(gpu, *arrays, stride, padding), convolved(CPU, *wanted, stride, padding),
+                                  ("y", "dx", "dw")):
+        assert ours.dtype == (dtype if name == "dw" else gpu.kind(np.dtype(dtype)))
+        assert planner().channels_of(ours) == ours.shape[1] and ours.base is None
+        assert error(ours, theirs) < tolerance(precision, dtype), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_lie_in_any_way(engine, rng, layout, precision):
+    """in float32 or in the engine's own type"""
+    gpu, lying = engine(precision=precision), LAYOUTS[layout]
+    for C, O, H in ((3, 5, 5), (8, 4, 6), (1, 1, 3)):
+        arrays, wanted = zip(*(rounded(a, gpu) for a in problem(rng, (2, C, H, H), O, 3, 2, 1)))
+        want = convolved(CPU, *wanted, 2, 1)
+        for dtype in dict.fromkeys((np.dtype(np.float32), gpu.dtype)):
+            x, w, g = (lying(nn.xp, nn.to_host(a).astype(dtype)) for a in arrays)
+            for ours, theirs in zip(convolved(gpu, x, w, g, 2, 1), want):
+                assert error(ours, theirs) < TOLERANCE[precision]
+            assert error(gpu.mean_pool(x), wanted[0].mean((2, 3))) < 1e-6
+            assert (host(gpu.images(x)) == wanted[0]).all()
+
+
+def test_a_gradient_of_one_number(engine):
+    """as the sum of images has: all its strides are 0"""
+    engine(precision="fp32")
+    x = nn.Tensor(nn.xp.ones((2, 3, 4, 4), np.float32), requires_grad=True)
+    w = nn.Parameter(nn.xp.ones((5, 3, 3, 3), np.float32))
+    nn.sum(nn.conv2d(x, w, padding=1)).backward()
+    assert host(x.grad)[0, 0].tolist() == [[20, 30, 30, 20], [30, 45, 45, 30], [30, 45, 45, 30], [20, 30, 30, 20]]
+    assert host(w.grad)[0, 0].tolist() == [[18, 24, 18], [24, 32, 24], [18, 24, 18]]
+
+
+@PRECISIONS
+def test_images_are_copied_only_if_they_have_to_be(engine, precision):
+    gpu = engine(precision=precision)
+    x = gpu.images(nn.xp.ones((2, 5, 3, 4), np.float32))
+    assert x.dtype == gpu.dtype and gpu.images(x) is x and planner().channels_of(x) == 5
+    assert gpu.images(nn.xp.ones((2, 5, 3, 4))).dtype == np.float64
+    assert (host(gpu.images(nn.xp.ones((2, 5, 3, 4), np.uint8))) == 1).all()
+    y = gpu.images(nn.xp.ones((2, 3, 3, 4), np.float32), gpu.padded(3))
+    whole = nn.xp.ndarray((2, 3, 4, gpu.padded(3)), gpu.dtype, y.data)  # (N, H, W, channels)
+    assert (host(whole)[..., :3] == 1).all() and (host(whole)[..., 3:] == 0).all()
+    assert whole.shape[3] == (4 if precision == "bf16" else 3)
+    for shape in ((4, 3, 2, 2), (4, 3)):
+        p = gpu.parameter(nn.xp.ones(shape, np.float32).T)
+        assert p.shape == shape[::-1] and (p.flags.c_contiguous or planner().channels_of(p) == p.shape[1])
+        assert gpu.parameter(p) is p
+
+
+def test_rounding_to_bfloat16(engine, rng):
+    """As that of NumPy: to nearest, ties to even, and to infinity; every number of 16 bits comes back as it was."""
+    gpu = engine(precision="bf16")
+    with np.errstate(all="ignore"):
+        bits = np.arange(2**16, dtype=np.uint16).view(gpu.dtype).astype(np.float32).view(np.uint32)
+        steps = 0, 1, 2**32 - 1, 2**15  # to neighbours, and to the middle between two
+        near = np.concatenate([*(bits + np.uint32(step) for step in steps), rng.integers(0, 2**32, 2**16, np.uint32)])
+        near = near.view(np.float32)
+        want = near.astype(gpu.dtype)
+    got = nn.to_host(gpu.images(nn.xp.asarray(near)[None, None, None]))[0, 0, 0]
+    nan = np.isnan(near)
+    assert (got.view(np.uint16) == want.view(np.uint16))[~nan].all() and np.isnan(got[nan].astype(np.float32)).all()
+    there = nn.xp.asarray(want)
+    back = nn.xp.empty(there.shape, np.float32)
+    module().launch("from_images", gpu.dtype, back.size, there, np.int32(1), np.int32(1), np.int64(back.size), back)
+    np.testing.assert_array_equal(nn.to_host(back), want.astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------- BatchNorm
+
+
+def batch_norm_on_both(gpu, rng, shape, dtype, training, relu, added, mean=0.0):
+    """[(name, error)] of all that forward and backward pass give, against the CPU in float64"""
+    C = shape[1]
+    (x, add, g), wanted = zip(*(rounded(rng.standard_normal(shape) + m, gpu, dtype) for m in (mean, 0, 0)))
+    parameters = [np.asarray(a, dtype) for a in (rng.uniform(0.5, 2, C), rng.standard_normal(C),
+                                                 rng.standard_normal(C) + mean, rng.uniform(0.5, 2, C))]
+    weight, bias, *running = map(nn.xp.asarray, parameters)
+    rest = training, 0.1, 1e-5
+    out, saved = gpu.batch_norm(x, weight, bias, *running, *rest, add if added else None, relu)
+    got = gpu.batch_norm_gradients(g, x, out if relu else None, weight, saved, training, added)
+    x, add, g = wanted
+    weight, bias, *estimates = (a.astype(np.float64) for a in parameters)
+    y, kept = CPU.batch_norm(x, weight, bias, *estimates, *rest, add if added else None, relu)
+    positive = host(out) if relu else None  # where rounding decides between 0 and more, as it did
+    want = CPU.batch_norm_gradients(g, x, positive, weight, kept, training, added)
+    assert out.dtype == got[0].dtype == gpu.kind(np.dtype(dtype)) and got[1].dtype == got[2].dtype == dtype
+    assert planner().channels_of(out) == planner().channels_of(got[0]) == C
+    assert (got[3] is None) == (not added) and (not relu or (positive >= 0).all())
+    names = ["out", "running mean", "running variance", "dx", "dweight", "dbias", "dadd"]
+    pairs = [(out, y), *zip(running, estimates), *zip(got, want)][: 6 + added]
+    return [(name, error(ours, theirs)) for name, (ours, theirs) in zip(names, pairs)]
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", np.float32), ("fp32", np.float64), ("bf16", np.float32)])
+@pytest.mark.parametrize("shape", [(5, 1, 4, 3), (4, 3, 5, 5), (2, 8, 6, 6), (3, 18, 1, 7), (2, 33, 3, 3),
+                                   (2, 300, 4, 1), (1, 16, 1, 6)], ids=lambda shape: f"C={shape[1]}")
+def test_batch_norm(engine, rng, shape, precision, dtype):
+    gpu = engine(precision=precision)
+    for training, relu, added in itertools.product((True, False), repeat=3):
+        for name, wrong in batch_norm_on_both(gpu, rng, shape, dtype, training, relu, added):
+            # measured: fp32 4e-7, float64 1e-15, bf16 3.3e-3
+            assert wrong < 1.5 * tolerance(precision, dtype), (name, training, relu, added)
+
+
+@pytest.mark.parametrize("C", [1, 18, 64])
+def test_batch_norm_of_many_pixels_far_from_zero(engine, rng, C):
+    """Nothing cancels in the variance, and the parts into which the pixels are cut are put together."""
+    gpu, shape = engine(precision="fp32"), (12, C, 24, 25)
+    assert gpu.sums("channel_sums", 12 * 24 * 25, C, np.dtype(np.float32),
+                    gpu.images(nn.xp.zeros(shape, np.float32)))[1] > 1
+    for mean, bound in ((0, TOLERANCE["fp32"]), (1000, 1e-4)):  # measured: 4e-7; 2e-5, half a unit of 1000 is 3e-5
+        for name, wrong in batch_norm_on_both(gpu, rng, shape, np.float32, True, True, True, mean):
+            assert wrong < bound, (name, mean)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_relu_keeps_what_is_not_a_number(engine, precision):
+    """and its gradient is 0 there, as on the CPU"""
+    gpu = engine(precision=precision)
+    values = np.array([math.nan, -1, -0.0, 0, 2, math.inf, -math.inf], np.float32)
+    x = nn.xp.asarray(np.stack([values, -values])[None, :, :, None])  # (1, 2, 7, 1)
+    one, zero = nn.xp.ones(2, np.float32), nn.xp.zeros(2, np.float32)
+    out, saved = gpu.batch_norm(x, one, zero, zero, one, False, 0.1, 0, None, True)
+    np.testing.assert_array_equal(host(out)[0, :, :, 0], np.maximum([values, -values], 0))
+    g = nn.xp.ones(x.shape, np.float32)
+    dadd = gpu.batch_norm_gradients(g, gpu.images(g), out, one, saved, False, True)[3]
+    np.testing.assert_array_equal(host(dadd)[0, :, :, 0], np.stack([values > 0, -values > 0]))
+
+
+@PRECISIONS
+def test_add(engine, rng, precision):
+    gpu = engine(precision=precision)
+    for C in (1, 2, 6, 8):
+        (x, x64), (y, y64) = (rounded(rng.standard_normal((3, C, 5, 2)), gpu) for _ in range(2))
+        x, y = gpu.images(x), lying_as(nn.xp, nn.to_host(gpu.images(y)), (2, 1, 3, 0))
+        total = gpu.add(x, y)
+        assert total.dtype == gpu.dtype and planner().channels_of(total) == C
+        assert same_bits(nn.to_host(total), (x64 + y64).astype(np.float32).astype(gpu.dtype))
+    assert host(gpu.add(nn.xp.ones(3, np.float32), nn.xp.ones(3, np.float32))).tolist() == [2, 2, 2]
+    assert error(gpu.add(nn.xp.ones((2, 3, 1, 1)), nn.xp.ones((2, 3, 1, 1))), np.full((2, 3, 1, 1), 2.0)) == 0
+
+
+# ---------------------------------------------------------------------------------------------- pooling
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", np.float32), ("tf32", np.float64), ("bf16", np.float32)])
+@pytest.mark.parametrize("C", [1, 3, 8])
+def test_mean_pool(engine, rng, precision, dtype, C):
+    gpu = engine(precision=precision)
+    x, x64 = rounded(rng.standard_normal((3, C, 4, 5)), gpu, dtype)
+    g = rng.standard_normal((3, C)).astype(dtype)
+    mean = gpu.mean_pool(x)
+    assert mean.dtype == dtype and error(mean, x64.mean((2, 3))) < (1e-15 if dtype == np.float64 else 2e-7)
+    for gradient in (nn.xp.asarray(g), nn.xp.asarray(g.T.copy()).T):
+        dx = gpu.mean_pool_gradient(gradient, x.shape, x.dtype)
+        assert dx.dtype == gpu.kind(x.dtype) and planner().channels_of(dx) == C
+        assert error(dx, np.broadcast_to(g[..., None, None] / 20.0, x.shape)) < tolerance(precision, dtype)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (1, 1, 0), (5, 2, 2),
+                                                   (3, 5, 0)])
+def test_max_pool(engine, rng, precision, size, stride, padding):
+    """To the first of equals, of which there are many."""
+    x = rng.integers(-2, 2, (3, 5, 9, 8)).astype(np.float32)
+    x[0] -= 9  # less than the zeros that one might put around them
+    y, saved = CPU.max_pool(x, size, stride, padding)
+    g = rng.integers(-8, 9, y.shape).astype(np.float32)
+    gpu = engine(precision=precision)
+    out, which = gpu.max_pool(nn.xp.asarray(x), size, stride, padding)
+    dx = gpu.max_pool_gradient(nn.xp.asarray(g), which, x.shape, size, stride, padding)
+    np.testing.assert_array_equal(host(out), y)
+    np.testing.assert_array_equal(host(dx), CPU.max_pool_gradient(g, saved, x.shape, size, stride, padding))
+    x[0, 0, 0, 0] = math.nan
+    assert np.isnan(host(gpu.max_pool(nn.xp.asarray(x), size, stride, padding)[0])[0, 0, 0, 0])
+
+
+# ---------------------------------------------------------------------------------------------- linear layers and loss
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (63, 64, 65), (64, 64, 64), (65, 63, 17), (130, 70, 33), (5, 10, 784),
+                                     (3, 129, 16), (100, 1, 15)])
+def test_product(engine, rng, dtype, M, N, K):
+    gpu = engine(precision="fp32")
+    bound = 5e-16 * math.sqrt(K) + 1e-15 if dtype == np.float64 else 2e-7 * math.sqrt(K) + 1e-7
+    bias = rng.standard_normal(N).astype(dtype)
+    for a, b, view in (((M, K), (K, N), lambda x: x), ((K, M), (N, K), lambda x: x.T),
+                       ((2 * M, 3 * K), (2 * K, 3 * N), lambda x: x[::2, 1::3])):
+        a, b = (rng.standard_normal(shape).astype(dtype) for shape in (a, b))
+        out = gpu.product(view(nn.xp.asarray(a)), view(nn.xp.asarray(b)), nn.xp.asarray(bias))
+        assert out.dtype == dtype and out.flags.c_contiguous
+        assert error(out, view(a).astype(np.float64) @ view(b) + bias) < bound
+        out = gpu.product(view(nn.xp.asarray(a)), view(nn.xp.asarray(b)))
+        assert error(out, view(a).astype(np.float64) @ view(b)) < bound
+
+
+def test_linear_layers_and_their_gradients(engine, rng):
+    """dense and masked, of two and three axes, against the CPU"""
+    cases = [((7, 9), (5, 9)), ((2, 4, 9), (5, 9)), ((70, 130), (65, 130))]
+    arrays = [[rng.standard_normal(s) for s in (x, w, w[:1], (*x[:-1], w[0]))] for x, w in cases]
+    mask = rng.random((65, 130)) < 0.02
+
+    def computed():
+        found = []
+        for x, w, b, g in arrays:
+            for m in (None, mask[: len(w), : w.shape[1]]):
+                x_, w_, b_ = nn.Tensor(nn.xp.asarray(x), requires_grad=True), nn.Parameter(nn.xp.array(w), m), \
+                    nn.Tensor(nn.xp.asarray(b), requires_grad=True)
+                y = nn.linear(x_, w_, b_)
+                y.backward(nn.xp.asarray(g))
+                found += [host(a) for a in (y.data, x_.grad, b_.grad)] + [host(w_.grad) * (1 if m is None else m)]
+        return found
+
+    want = computed()
+    engine(precision="fp32")
+    for ours, theirs in zip(computed(), want, strict=True):
+        assert error(ours, theirs) < 1e-14
+
+
+def test_products_that_do_not_fit(engine):
+    """are errors, not a look at whatever lies behind the array"""
+    gpu = engine()
+    one = nn.xp.ones
+    for a, b, bias in ((one((4, 9)), one((8, 5)), None), (one((4, 9)), one((9, 5), np.float32), None),
+                       (one((4, 9)), one((9, 5)), one(4))):
+        with pytest.raises(ValueError, match="cannot be multiplied"):
+            gpu.product(a, b, bias)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(300, 10), (1, 1), (7, 100), (257, 3)])
+def test_cross_entropy(engine, rng, shape, dtype):
+    """Loss, gradient, sum and correct answers as on the CPU, with ties and with logits that would overflow."""
+    gpu, labels = engine(precision="tf32"), rng.integers(0, shape[1], shape[0])
+    for logits in (rng.standard_normal(shape), rng.integers(-1, 2, shape), rng.standard_normal(shape) * 1e4):
+        logits = logits.astype(dtype)
+        loss, sums, saved = CPU.cross_entropy(logits.astype(np.float64), labels, True)
+        want = [loss, sums, CPU.cross_entropy_gradient(np.float64(3), saved)]
+        for there in (nn.xp.asarray(logits), nn.xp.asarray(logits.T.copy()).T):
+            loss, sums, saved = gpu.cross_entropy(there, nn.xp.asarray(labels), True)
+            got = [loss, sums, gpu.cross_entropy_gradient(nn.xp.asarray(3, dtype=dtype), saved)]
+            assert got[0].dtype == got[2].dtype == dtype and got[1].dtype == np.float64
+            assert float(sums[1]) == want[1][1]
+            for a, b in zip(got, want):
+                assert error(a, np.asarray(b)) < (1e-14 if dtype == np.float64 else 1e-6)
+        loss, sums, saved = gpu.cross_entropy(there, nn.xp.asarray(labels), False)
+        assert saved is None and same_bits(nn.to_host(sums), nn.to_host(got[1]))
+    with pytest.raises(AssertionError, match="int32"):
+        gpu.cross_entropy(there, nn.xp.asarray(labels.astype(np.int32)), True)
+    there[0, 0] = math.nan
+    assert np.isnan(float(gpu.cross_entropy(there, nn.xp.asarray(labels), False)[0]))
+
+
+# ---------------------------------------------------------------------------------------------- SGD
+
+
+def parameters(rng, count=70):
+    """(values, masks) of more parameters than one launch takes"""
+    shapes = [(5,), (4, 3), (2, 3, 3, 3), (6, 1, 1, 1), (1,), (40, 30)]
+    values = [rng.standard_normal(shapes[i % len(shapes)]) for i in range(count)]
+    masks = [rng.random(v.shape) < 0.5 if i % 3 else None for i, v in enumerate(values)]
+    for mask in masks[1::3] + masks[2::3]:
+        mask.flat[-1] = True
+    return values, masks
+
+
+def trained(values, masks, grads, dtype=np.float64, state=None, rates=(), **options):
+    """(values, optimiser) after steps with these gradients, where nn computes; rates: that of each step"""
+    params = [nn.Parameter(nn.xp.asarray(v.astype(dtype)), mask) for v, mask in zip(values, masks)]
+    optimizer = nn.SGD(params, **options)
+    optimizer.load_state_dict(state or {})
+    for step, gs in enumerate(grads):
+        if rates:
+            optimizer.lr = rates[step]
+        for p, g in zip(params, gs):
+            if g is not None:
+                p.accumulate(nn.xp.asarray(g.astype(dtype)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [nn.to_host(p.data) for p in params], optimizer
+
+
+@pytest.mark.parametrize("options", [
+    dict(lr=0.1), dict(lr=0.1, weight_decay=0.01), dict(lr=0.1, momentum=0.9),
+    dict(lr=0.1, momentum=0.9, nesterov=True), dict(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)],
+    ids=lambda options: " ".join(options))
+def test_sgd(engine, rng, options):
+    """70 parameters, some masked, some without a gradient in one step."""
+    values, masks = parameters(rng)
+    grads = [[rng.standard_normal(v.shape) if i % 10 or step else None for i, v in enumerate(values)]
+             for step in range(3)]
+    rates = 0.1, 0.05, 0.2
+    want, optimizer = trained(values, masks, grads, rates=rates, **options)
+    there = optimizer.state_dict()
+    engine(precision="fp32")
+    for dtype, bound in ((np.float64, 5e-15), (np.float32, 2e-6)):  # of values up to 5; measured: 2e-15, 8e-7
+        got, optimizer = trained(values, masks, grads, dtype, rates=rates, **options)
+        for i, (ours, theirs, mask) in enumerate(zip(got, want, masks)):
+            assert ours.dtype == dtype and np.abs(ours - theirs).max() < bound, i
+            assert mask is None or (ours[~mask] == 0).all() and not np.signbit(ours[~mask]).any()
+        state = optimizer.state_dict()
+        assert list(state) == list(there) and bool(state) == ("momentum" in options)
+        for name, velocity in state.items():
+            assert velocity.ndim == 1 and np.abs(velocity - there[name]).max() < bound, name
+        again = nn.SGD(optimizer.params, **options)
+        again.load_state_dict(state)
+        assert all(same_bits(v, state[name]) for name, v in again.state_dict().items())
+
+
+def test_momentum_goes_on_from_a_state_of_the_cpu(engine, rng):
+    """and the other way round, of masks of few entries too"""
+    values, _ = parameters(rng, 6)
+    masks = [rng.random(v.shape) < 0.02 for v in values]
+    grads = [[rng.standard_normal(v.shape) * m for v, m in zip(values, masks)] for _ in range(4)]
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
+    want, _ = trained(values, masks, grads, **options)
+    engine()
+    for first, then in itertools.product(("cpu", "gpu"), repeat=2):
+        nn.use_device(first)
+        half, optimizer = trained(values, masks, grads[:2], **options)
+        state = optimizer.state_dict()
+        nn.use_device(then)
+        got, _ = trained(half, masks, grads[2:], state=state, **options)
+        assert max(error(ours, theirs) for ours, theirs in zip(got, want)) < 1e-15
+
+
+# ---------------------------------------------------------------------------------------------- whole steps
+
+BATCH = 16
+
+
+def network():
+    """A sparse ResNet-18 of width 4 with the weights of width 2, and its optimiser"""
+    model, budget = resnet.ResNet18(4), nn.weight_count(resnet.ResNet18(2))
+    nn.sparsify(model, budget, 0)
+    return model, nn.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+def photographs():
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((BATCH, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, BATCH)
+
+
+def gradients():
+    """(loss, {name: gradient of the kept weights}) where nn computes"""
+    model, _ = network()
+    x, labels = map(nn.xp.asarray, photographs())
+    loss, _ = nn.classify(model(nn.Tensor(x)), labels)
+    loss.backward()
+    found = {}
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == np.float32
+        found[name] = host(p.grad) * (1 if p.mask is None else nn.to_host(p.mask))
+    return float(loss.data), found
+
+
+# Relative error of the gradient as one vector, with and without ReLU. Measured: 1.7e-6, 0.084, 0.28 and 1.2e-6, 9e-4,
+# 0.010: rounding decides which ReLUs are open. On the CPU noise of 2e-3 in the images alone makes 0.14 and 1.2e-3.
+# Of the loss: 1e-7, 1.3e-5, 8e-4.
+GRADIENTS = {"fp32": (4e-6, 3e-6, 1e-6), "tf32": (0.12, 1.5e-3, 5e-5), "bf16": (0.4, 0.015, 2e-3)}
+
+
+@PRECISIONS
+@pytest.mark.parametrize("relu", [True, False], ids=["ReLU", "linear"])
+def test_gradients_of_a_network(engine, monkeypatch, precision, relu):
+    if not relu:
+        forward = nn.BatchNorm2d.forward
+        monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x, add=None, relu=False: forward(self, x, add))
+    loss, want = gradients()
+    engine(precision=precision)
+    found, got = gradients()
+    assert list(got) == list(want)
+    wrong, size = (math.sqrt(sum(np.sum(d**2) for d in ds))
+                   for ds in ([got[name] - g for name, g in want.items()], want.values()))
+    *bounds, bound_loss = GRADIENTS[precision]
+    assert wrong / size < bounds[0 if relu else 1] and abs(found / loss - 1) < bound_loss
+
+
+def five_steps():
+    """(model, optimizer, loss and correct answers of each step) where nn computes"""
+    model, optimizer = network()
+    x, labels = map(nn.xp.asarray, photographs())
+
+    @nn.compiled
+    def step(x, labels):
+        loss, sums = nn.classify(model(nn.Tensor(x)), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return sums
+
+    return model, optimizer, [nn.to_host(step(x, labels)).tolist() for _ in range(5)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masked_weights_stay_zero_and_steps_repeat(engine, precision):
+    """with graphs and without, to the same bits"""
+    _, _, cpu = five_steps()
+    runs = []
+    for capture in (True, False):
+        engine(precision=precision, capture=capture)
+        model, optimizer, sums = five_steps()
+        runs.append((sums, model.state_dict() | optimizer.state_dict()))
+    (before, state), (sums, again) = runs
+    assert before == sums and all(same_bits(a, again[name]) for name, a in state.items())
+    bound = {"fp32": 2e-4, "bf16": 0.04}[precision]  # of the loss on its way from 42 to 27; measured: 6e-5, 0.013
+    assert np.abs(np.subtract(sums, cpu)[:, 0] / np.array(cpu)[:, 0]).max() < bound
+    masks = {name: a for name, a in state.items() if name.endswith(".mask")}
+    assert masks and nn.weight_count(model) == nn.weight_count(resnet.ResNet18(2))
+    for name, mask in masks.items():
+        weights = state[name.removesuffix(".mask")]
+        assert (weights[~mask] == 0).all() and (weights[mask] != 0).any()
+    for p, v in zip(model.parameters(), optimizer.velocity):
+        assert p.mask is None or (nn.to_host(v)[~nn.to_host(p.mask)] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def drawn(rng, channels, each, padding, flips):
+    """(images, labels, scale, shift, padding), (order, draws) of 23 images of 7 x 6"""
+    factors = [rng.uniform(0.1, 1, (channels, 7, 6) if each else (channels, 1, 1)).astype(np.float32) for _ in range(2)]
+    images, labels = rng.integers(0, 256, (23, channels, 7, 6), np.uint8), rng.integers(0, 10, 23)
+    draws = rng.integers(0, [[2 * padding + 1], [2 * padding + 1], [1 + flips]], (3, 23))
+    return (images, labels, *factors, padding), (rng.permutation(23), draws if padding or flips else None)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("channels, each, padding, flips", [
+    (3, False, 0, False), (3, False, 2, True), (3, True, 1, True), (1, False, 4, False), (1, True, 0, True)])
+def test_batches_are_those_of_the_cpu(engine, rng, precision, channels, each, padding, flips):
+    """to the last bit, in any order and in that of the data set, always at one address"""
+    gpu, addresses = engine(precision=precision), set()
+    data, order = drawn(rng, channels, each, padding, flips)
+    ours, theirs = gpu.Batches(*data), CPU.Batches(*data)
+    for args in (order, (order[0][::-1], order[1]), (), (order[0][:9], None)):
+        ours.begin(*args), theirs.begin(*args)
+        for part in (slice(0, 8), slice(8, 9), slice(1, 9), slice(4, 4)):
+            (x, labels), (want, want_labels) = ours.get(part), theirs.get(part)
+            assert same_bits(nn.to_host(x), want.astype(gpu.dtype)) and same_bits(nn.to_host(labels), want_labels)
+            if len(x):
+                assert gpu.images(x, gpu.padded(channels)) is x  # as convolutions want it
+                addresses.add((x.data.ptr, labels.data.ptr))
+    assert len(addresses) == 1 and not ours.prefetch
+    with pytest.raises(AssertionError):
+        ours.get(slice(4, 12))  # the last order has 9 places
+
+
+@PRECISIONS
+def test_photographs_are_those_of_the_cpu(engine, rng, precision):
+    gpu, addresses = engine(precision=precision), set()
+    scale, shift = (rng.uniform(0.1, 1, 3).astype(np.float32) for _ in range(2))
+    for size in (8, 3, 8):
+        pixels, labels = rng.integers(0, 256, (size, 5, 4, 3), np.uint8), rng.integers(0, 10, size).astype(np.int32)
+        x, y = gpu.normalized(pixels, scale, shift), gpu.upload(labels)
+        assert same_bits(nn.to_host(x), CPU.normalized(pixels, scale, shift).astype(gpu.dtype))
+        assert y.dtype == np.int64 and nn.to_host(y).tolist() == labels.tolist()
+        assert gpu.images(x, gpu.padded(3)) is x
+        addresses.add((x.data.ptr, y.data.ptr))
+    assert len(addresses) == 1
+
+
+# ---------------------------------------------------------------------------------------------- CUDA graphs
+
+
+def worker(gpu, rng, size):
+    """(function of x, its x, what it adds up): a convolution, a mean and products, with arrays that do not last"""
+    x, w = (nn.xp.asarray(rng.standard_normal(s).astype(np.float32)) for s in ((size, 3, 6, 6), (4, 3, 3, 3)))
+    total = nn.xp.zeros((size, 4), np.float32)
+
+    def work(x):
+        mean = gpu.mean_pool(gpu.conv(x, gpu.weights(w), 1, 1))  # arrays that are gone when this ends
+        nn.xp.add(total, gpu.product(gpu.product(mean, mean.T), mean), out=total)
+        return mean * 2
+
+    return work, x, total
+
+
+def test_compiled(engine, request):
+    """The same bits as without; the third call captures; from then on a call is one launch."""
+    results = {}
+    for capture in (True, False):
+        gpu, rng = engine(precision="tf32", capture=capture), np.random.default_rng(4)
+        functions = [(gpu.compiled(work), x, total) for work, x, total in (worker(gpu, rng, n) for n in (5, 8, 2))]
+        weight = gpu.parameter(nn.xp.ones((2, 3, 3, 3), np.float32))
+        returned = []
+        for call in range(6):
+            for function, x, _ in functions if call % 2 else functions[::-1]:  # they share the memory of what they make
+                launches.clear()
+                out = function(x)
+                if is_simulated(request):
+                    assert (launches == ["graph"]) == (capture and call >= 2)
+                returned.append(nn.to_host(out))
+                weight.get()  # an array in NHWC: after it CuPy forgets what was only used, not entered
+                junk = nn.xp.full((64, 64), math.nan, np.float32)  # may not land where a graph works
+                del junk
+        assert nn.xp.cuda.get_current_stream() == gpu.stream
+        results[capture] = [nn.to_host(total) for *_, total in functions] + returned
+    for captured, plain in zip(results[True], results[False], strict=True):
+        assert same_bits(captured, plain) and (captured != 0).all()
+
+
+def test_a_graph_is_of_one_address_shape_and_type(engine):
+    gpu, calls = engine(), []
+
+    def work(x):
+        calls.append(x.shape)
+        return x * 2
+
+    function, x, single = gpu.compiled(work), nn.xp.arange(6.0), nn.xp.arange(6, dtype=np.float32)
+    for _ in range(4):
+        for y in (x, x[:3], x[3:], x[::2], single):
+            assert nn.to_host(function(y)).tolist() == nn.to_host(y * 2).tolist()
+    assert len(calls) == 5 * 3
+    x += 1
+    assert nn.to_host(function(x)).tolist() == [2, 4, 6, 8, 10, 12] and len(calls) == 15
+
+
+def test_a_capture_that_fails_leaves_the_stream_usable(engine):
+    gpu = engine()
+    total, calls = nn.xp.zeros(3, np.float32), []
+
+    def work():
+        nonlocal total
+        calls.append(gc.isenabled())
+        total += 1
+        if len(calls) == 3:
+            raise ZeroDivisionError("in the middle")
+        if len(calls) == 4:
+            float(total[0])  # a wait for the GPU, which a capture cannot have
+
+    function = gpu.compiled(work)
+    function(), function()
+    with pytest.raises(ZeroDivisionError, match="in the middle"):
+        function()
+    assert nn.to_host(total).tolist() == [2, 2, 2] and gc.isenabled()
+    with pytest.raises(EngineError, match="could not be captured as a CUDA graph .*--no-graph does without"):
+        function()
+    assert nn.to_host(total).tolist() == [2, 2, 2] and gc.isenabled()
+    function(), function()
+    assert nn.to_host(total).tolist() == [4, 4, 4] and calls == [True, True, False, False, False]
+
+
+def test_a_capture_of_nothing_is_an_error(engine):
+    """as it would be if another stream were the current one: replays would do nothing, in silence"""
+    gpu, total = engine(), nn.xp.zeros(3, np.float32)
+
+    def work():
+        nonlocal total
+        total += 1
+
+    function = gpu.compiled(work)
+    function(), function()
+    with nn.xp.cuda.Stream(non_blocking=True), pytest.raises(EngineError, match="stream"):
+        function()
+    function()
+    assert nn.to_host(total).tolist() == [3, 3, 3]
+
+
+def test_memory_of_graphs(engine, monkeypatch):
+    """It is never given back while a graph lives, but with the last of them; where there is no more, that is said."""
+    gpu, before = engine(), nn.engine.memory()
+    first, x = gpu.compiled(lambda x: (x + 1).sum()), nn.xp.zeros(100_000)
+    for _ in range(3):
+        first(x)
+    pool = gpu.pool
+    assert gpu.memory() >= before + 2 * x.nbytes and pool.total_bytes() >= x.nbytes
+    second = gpu.compiled(lambda x: (x + 2).sum())
+    assert gpu.pool is pool
+    monkeypatch.setattr(nn.xp.cuda, "Memory", fail)
+    with pytest.raises(EngineError, match="more memory than the GPU has .*CUDNN_STATUS.*: choose a smaller --batch"):
+        second(nn.xp.zeros(10_000_000))
+    monkeypatch.undo()
+    assert float(first(x)) == 100_000
+    del first, second
+    gc.collect()
+    third = gpu.compiled(lambda x: x + 1)
+    assert gpu.pool is not pool and third
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+SMALL = dict(data="synthetic", epochs=4, limit=20, batch=20, lr=1e-3, device="gpu", save_every=1e9)
+RUNS = {  # in batches of less, with fewer pixels, BatchNorm makes rounding much larger
+    "mlp": (mlp, mlp.Settings(width=12, **SMALL)),
+    "resnet": (resnet, resnet.Settings(width=3, base_width=2, precision="fp32", **SMALL)),
+    "bottleneck": (bottleneck, bottleneck.Settings(kind="linear", width=3, base_width=2, precision="fp32", **SMALL)),
+    "photographs": (imagenet, imagenet.Settings(width=3, base_width=2, size=64, precision="fp32", **SMALL)),
+}
+
+
+class Photographs(Arrays):
+    """Images that come from the host a batch at a time"""
+
+    def batches(self, slices, padding=0, order=None, draws=None):
+        for part in slices:
+            rows = np.arange(len(self.labels))[part] if order is None else order[part]
+            pixels = self.images[rows].transpose(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+            yield nn.engine.normalized(pixels, self.scale.reshape(-1), self.shift.reshape(-1)), \
+                nn.engine.upload(self.labels[rows])
+
+
+@pytest.fixture
+def perform(tmp_path, monkeypatch):
+    """perform(kind, name, **settings) trains one of RUNS in a folder of this name, as far as it is not done there."""
+    data = tiny.images(20, 12, 28)
+    monkeypatch.setattr(mlp, "load", lambda s: data)
+    for script in (resnet, bottleneck):
+        monkeypatch.setattr(script, "load", lambda s: tiny.images(20, 12, 16, 3).augmented(2, True))
+
+    def photographs(s):
+        found = tiny.images(20, 12, s.size, 3)
+        halves = [Photographs(a.images, a.labels, a.scale, a.shift) for a in (found.train, found.test)]
+        return replace(found, train=halves[0], test=halves[1])
+
+    monkeypatch.setattr(imagenet, "load", photographs)
+
+    def run(kind, name, **settings):
+        script, s = RUNS[kind]
+        return tiny.finished(lab.Run(script.EXPERIMENT, replace(s, out=str(tmp_path / name), **settings)))
+
+    return run
+
+
+def stopped_after(monkeypatch, steps):
+    """SIGTERM to this process when so many batches were counted."""
+    real = lab.Run.count
+
+    def count(self, sums):
+        nonlocal steps
+        steps -= 1
+        real(self, sums)
+        if steps == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(lab.Run, "count", count)
+
+
+def test_runs_end_with_the_same_bits(engine, perform, tmp_path, monkeypatch):
+    """with graphs and without; and stopped in the second epoch and continued. The last batch is a smaller one."""
+    engine()
+    settings = dict(precision="tf32", batch=8, lr=0.01)
+    run = perform("resnet", "whole", **settings)
+    whole = tiny.remains(run.folder)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        stopped_after(patch, 5)
+        perform("resnet", "cut", **settings)
+    assert stop.value.code == 128 + signal.SIGTERM
+    for name in ("cut", "uncaptured"):
+        if name == "uncaptured":
+            engine(capture=False)
+        run = perform("resnet", name, **settings)
+        left = tiny.remains(run.folder)
+        assert all(left[file] == whole[file] for file in ("log.csv", "checkpoint.npz"))
+    versions = run.config()["versions"]
+    assert versions["device"] == "gpu" and versions["gpu"] and versions["deterministic"] is True
+
+
+def log(run):
+    """(epochs, columns) of the log, without the seconds"""
+    return np.loadtxt(run.folder / "log.csv", delimiter=",", skiprows=1, ndmin=2)[:, :-1]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "resnet", pytest.param("bottleneck", marks=pytest.mark.proof),
+                                  pytest.param("photographs", marks=pytest.mark.proof)])
+def test_runs_are_those_of_the_cpu(engine, perform, kind):
+    alone = perform(kind, "cpu")
+    engine(precision="fp32")
+    run = perform(kind, "gpu")
+    np.testing.assert_allclose(log(run), log(alone), rtol=1e-4)  # measured: 2e-7
+    assert run.result()["layers"] == alone.result()["layers"]
+
+
+@pytest.mark.parametrize("first, then", [("cpu", "gpu"), ("gpu", "cpu")])
+def test_a_run_goes_on_on_the_other_device(engine, perform, monkeypatch, first, then):
+    """Weights, masks, velocities and running estimates mean the same there."""
+    whole = perform("resnet", "whole", width=8)
+    engine(precision="fp32")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        nn.use_device(first)
+        stopped_after(patch, 4)
+        perform("resnet", "moved", width=8)
+    nn.use_device(then)
+    if then == "gpu":
+        engine(precision="fp32")
+    moved = perform("resnet", "moved", width=8)
+    assert moved.config()["devices"] == [first, then]
+    np.testing.assert_allclose(log(moved), log(whole), rtol=1e-4)
+
+
+def test_command_lines(engine, perform, tmp_path, capsys):
+    """A dry run, photographs in bf16, and what is for GPUs only."""
+    pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    engine()  # from here the command line finds a GPU
+    places = f"--out={tmp_path}", "--data=synthetic"
+    assert lab.main(mlp.EXPERIMENT, [*places, "--dry-run", "--width=20", "--epochs=1", "--batch=2"]) == 0
+    said = capsys.readouterr().out
+    assert "3,970 weights in all" in said and "MB of the GPU at most" in said
+    assert lab.main(imagenet.EXPERIMENT, [*places, "--width=2", "--base-width=2", "--size=32", "--limit=20",
+                                          "--epochs=2", "--batch=8", "--precision=bf16"]) == 0
+    (result,) = tmp_path.rglob("result.json")
+    found = json.loads(result.read_text())
+    assert "precision=bf16" in result.parent.name and found["epochs"] == 2
+    assert found["config"]["versions"]["precision"] == "bf16"
+    assert lab.main(resnet.EXPERIMENT, [*places, "--device=cpu", "--tune"]) == 2
+    assert "--tune is for GPUs, and this would be trained on the CPU" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- plans and their errors
+
+
+@pytest.fixture
+def images():
+    return np.ones((2, 3, 8, 8), np.float32)
+
+
+def fail(*arguments, **options):
+    raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED\nand more")
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("fault, precision, why", [
+    ("no plan", "fp32", "float32, without tensor cores, deterministically"), ("no plan", "bf16", "bfloat16, determ"),
+    ("not built", "tf32", "float32, determ"), ("not run", "bf16", "failed: CUDNN_STATUS_EXECUTION_FAILED"),
+    ("no memory", "tf32", "failed: CUDNN_STATUS_EXECUTION_FAILED")])
+def test_a_convolution_that_cannot_be(engine, rng, monkeypatch, direction, fault, precision, why):
+    """The layer, its shapes and the direction are named, in one sentence."""
+    gpu = engine(precision=precision)
+    w = nn.Parameter(nn.xp.ones((6, 4, 3, 3), np.float32))
+    w.name = "block.conv1.weight"
+    x = nn.Tensor(nn.xp.ones((2, 4, 8, 8), np.float32), requires_grad=direction == "dgrad")
+    w.requires_grad = direction == "wgrad"
+    out = nn.sum(nn.conv2d(x, w, 2, 1)) if direction != "fprop" else None
+    if fault == "no plan":
+        monkeypatch.setattr(planner(), "plans", lambda graph, limit: iter(()))
+    elif fault == "no memory":
+        monkeypatch.setattr(gpu.convolve, "workspace", fail)
+    else:
+        name = "build_plan_at_index" if fault == "not built" else "execute_plan_at_index"
+        monkeypatch.setattr(planner().cudnn().pygraph, name, fail)
+    with pytest.raises(EngineError) as caught:
+        nn.conv2d(x, w, 2, 1) if out is None else out.backward()
+    text = str(caught.value)
+    assert text.startswith("block.conv1.weight: cuDNN") and "\n" not in text
+    assert f"{direction} of images (2, 4, 8, 8), weights (6, 4, 3, 3), output (2, 6, 4, 4), stride 2, padding 1" in text
+    assert why in text
+    assert ("no plan" in text) == (fault in ("no plan", "not built"))
+
+
+def test_without_cudnn(engine, images, monkeypatch):
+    gpu = engine()
+    planner().cudnn.cache_clear()
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    w = nn.xp.ones((2, 3, 3, 3), np.float32)
+    with pytest.raises(EngineError) as caught:
+        nn.conv2d(nn.Tensor(nn.xp.asarray(images)), nn.Tensor(w))
+    assert re.fullmatch(r"a convolution: convolution on a GPU needs cuDNN \(.*cudnn.*\): "
+                        r"pip install -r requirements-gpu.txt", str(caught.value))
+    monkeypatch.undo()
+    assert gpu.conv(nn.xp.asarray(images), w, 1, 0).shape == (2, 2, 6, 6)  # nothing of the failure is kept
+    assert (ROOT / "requirements-gpu.txt").exists()
+
+
+def chosen(gpu):
+    """Numbers of the plans that the engine holds"""
+    return [number for _, _, number in gpu.convolve.graphs.values()]
+
+
+@pytest.mark.parametrize("which", ["last", "first"])
+def test_tuning_takes_the_fastest_plan(engine, images, monkeypatch, which):
+    gpu, ran, clock = engine(precision="tf32", tune=True), [], itertools.count(0, -1 if which == "last" else 1)
+
+    def milliseconds(work):
+        work()
+        ran.append(next(clock))
+        return ran[-1]
+
+    monkeypatch.setattr(planner(), "milliseconds", milliseconds)
+    x, w = nn.xp.asarray(images), nn.xp.ones((2, 3, 3, 3), np.float32)
+    y = gpu.conv(x, w, 1, 0)
+    (graph, _, number), = gpu.convolve.graphs.values()
+    able = list(itertools.islice(planner().plans(graph), planner().TRIED))
+    assert len(able) == len(ran) > 1 and number == able[-1 if which == "last" else 0] and (host(y) == 27).all()
+    assert sum(w.size for w in gpu.convolve.workspaces) <= graph.get_workspace_size_plan_at_index(number)
+    gpu.conv(x, w, 1, 0)
+    assert len(ran) == len(able) and len(gpu.convolve.graphs) == 1  # once for each shape
+    plain = engine(precision="tf32")
+    monkeypatch.setattr(planner(), "milliseconds", fail)  # without tune nothing is timed
+    plain.conv(x, w, 1, 0)
+    assert chosen(plain) == able[:1]
+
+
+def test_a_plan_that_cannot_be_run_is_not_taken(engine, images, monkeypatch):
+    """if plans are tried; and if none can be run there is none"""
+    gpu, tried = engine(precision="tf32", tune=True), []
+    pygraph = planner().cudnn().pygraph
+    before = pygraph.execute_plan_at_index
+    x, w = nn.xp.asarray(images), nn.xp.ones((2, 3, 3, 3), np.float32)
+
+    def execute(self, pack, workspace, index, **options):
+        tried.append(index)
+        if index == tried[0] or not able:
+            raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+        return before(self, pack, workspace, index, **options)
+
+    monkeypatch.setattr(pygraph, "execute_plan_at_index", execute)
+    able = True
+    assert (host(gpu.conv(x, w, 1, 0)) == 27).all() and chosen(gpu) and chosen(gpu) != tried[:1]
+    able = False
+    with pytest.raises(EngineError, match="cuDNN has no plan for the fprop of images .*float32"):
+        gpu.conv(x, w, 1, 1)
+
+
+def test_more_entries_than_kernels_count(engine):
+    engine()
+    with pytest.raises(EngineError, match="4,294,967,296 entries is too large"):
+        module().launch("add_images", np.float32, 2**32)
+
+
+def test_milliseconds(engine):
+    engine()
+    x, calls = nn.xp.zeros(3), []
+    least = planner().milliseconds(lambda: calls.append(x + 1), rounds=4)
+    assert len(calls) == 5 and 0 <= least < 1000
+
+
+@pytest.mark.parametrize("precision, deterministic, dtype, unwanted", [
+    ("fp32", True, np.float32, {"NONDETERMINISTIC", "TENSOR_CORE", "DOWN_CONVERT_INPUTS"}),
+    ("fp32", False, np.float32, {"TENSOR_CORE", "DOWN_CONVERT_INPUTS"}),
+    ("tf32", True, np.float32, {"NONDETERMINISTIC"}), ("tf32", False, np.float32, None),
+    ("bf16", True, np.float32, {"NONDETERMINISTIC"}), ("fp32", True, np.float64, {"NONDETERMINISTIC"})])
+def test_plans_that_are_not_wanted(engine, images, monkeypatch, precision, deterministic, dtype, unwanted):
+    """are deselected: those that add up in any order unless they may, tensor cores where float32 is meant literally"""
+    gpu, told = engine(precision=precision, deterministic=deterministic), []
+    pygraph = planner().cudnn().pygraph
+    before = pygraph.deselect_numeric_notes
+
+    def deselect(self, notes):
+        told.append({note.name for note in notes})
+        return before(self, notes)
+
+    monkeypatch.setattr(pygraph, "deselect_numeric_notes", deselect)
+    convolved(gpu, nn.xp.asarray(images.astype(dtype)), nn.xp.ones((2, 3, 3, 3), dtype),
+              nn.xp.ones((2, 2, 6, 6), dtype), 1, 0)
+    assert told == [unwanted] * 3 if unwanted else told == []
+    assert len(gpu.convolve.graphs) == 3
+
+
+def test_fp32_is_more_precise_than_tf32(engine, rng):
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((4, 16, 8, 8), (16, 16, 3, 3)))
+    want, wrong = CPU.conv(x.astype(np.float64), w.astype(np.float64), 1, 1), {}
+    for precision in ("fp32", "tf32"):
+        gpu = engine(precision=precision)
+        wrong[precision] = error(gpu.conv(nn.xp.asarray(x), nn.xp.asarray(w), 1, 1), want)
+    assert wrong["fp32"] < TOLERANCE["fp32"] < 1e-4 < wrong["tf32"] < TOLERANCE["tf32"]
+
+
+def test_a_plan_that_needs_too_much_memory_is_not_taken(engine, images, monkeypatch):
+    gpu = engine(precision="tf32")
+    pygraph, limit = planner().cudnn().pygraph, gpu.convolve.limit
+    assert limit >= planner().WORKSPACE
+    x, w = nn.xp.asarray(images), nn.xp.ones((2, 3, 3, 3), np.float32)
+    gpu.conv(x, w, 1, 0)
+    (graph, _, number), = gpu.convolve.graphs.values()
+    able = list(planner().plans(graph, limit))
+    assert number == able[0] and len(able) > 1
+    before = pygraph.get_workspace_size_plan_at_index
+    for most, want in ((limit, able[0]), (limit + 1, able[1])):
+        monkeypatch.setattr(pygraph, "get_workspace_size_plan_at_index",
+                            lambda self, i: most if i == able[0] else before(self, i))
+        assert next(planner().plans(graph, limit)) == want
+    other = engine(precision="tf32")
+    other.conv(x, w, 1, 0)
+    assert chosen(other) == [able[1]]
+
+
+def test_a_graph_outlives_larger_scratch_memory(engine, rng):
+    gpu = engine(precision="fp32")
+    assert gpu.convolve.workspace(0).size > 0  # cuDNN wants no null pointer
+    small = gpu.convolve.workspace(1000)
+    assert gpu.convolve.workspace(10) is small is gpu.convolve.workspace(1000)
+    work, x, total = worker(gpu, rng, 2)
+    function = gpu.compiled(work)
+    for _ in range(3):
+        function(x)
+    before, large = host(total), gpu.convolve.workspace(10**6)
+    del small
+    gc.collect()
+    function(x)
+    assert error(total, before * 4 / 3) < 1e-6 and large.size == 10**6 and gpu.convolve.workspace(1500) is large
+
+
+def test_layout_and_type_are_checked(engine, images):
+    """cuDNN would take any memory for what it was told, in silence."""
+    gpu = engine(precision="bf16")
+    x = gpu.images(nn.xp.asarray(images))  # three channels to a pixel, not the four that are wanted
+    w, y = gpu.weights(nn.xp.ones((2, 3, 3, 3), np.float32)), planner().empty((2, 2, 6, 6), gpu.dtype)
+    with pytest.raises(AssertionError, match="x"):
+        gpu.convolve("fprop", x, w, y, 1, 0, 4)
+    with pytest.raises(AssertionError, match="w"):
+        gpu.convolve("fprop", gpu.images(x, 4), nn.xp.ones((2, 3, 3, 3), np.float32), y, 1, 0, 4)
+    with pytest.raises(ValueError, match="one floating type"):
+        gpu.conv(nn.xp.ones((2, 3, 8, 8)), w, 1, 0)
+
+
+def test_what_a_record_says(engine):
+    said = engine(precision="bf16", deterministic=False).versions()
+    assert said.pop("gpu") and json.dumps(said)
+    assert said == {"precision": "bf16", "deterministic": False, "tuned": False}

@@ -1,0 +1,188 @@
+"""Sweeps: shared by processes of any kind, and what happens to a run that fails, is held, or is told to stop."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from tiny import TINY, finished, flags, run_of
+
+import exp_mlp_mnist as mlp
+import lab
+from lab import command
+from lab.sweep import sweep, sweep_in_processes
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = dict(os.environ, OPENBLAS_NUM_THREADS="1")
+
+
+def test_two_sweeps_at_once_train_every_run_once(tmp_path):
+    words = ["--data=synthetic", "--limit=300", "--epochs=2", "--seeds=1", f"--data-dir={tmp_path}",
+             f"--out={tmp_path}"]
+    command_line = [sys.executable, str(ROOT / "exp_mlp_mnist.py"), *words, "--sweep", "width"]
+    starts = [subprocess.Popen(command_line + jobs, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+              for jobs in ([], ["--jobs", "2"])]
+    outputs = [p.communicate(timeout=120) for p in starts]
+    assert [p.returncode for p in starts] == [0, 0], outputs
+    names = re.findall(r"\[\d+/13\] (\S+): test", outputs[0][0] + outputs[1][0])
+    settings, _ = command.parse(mlp.EXPERIMENT, words)
+    runs = [lab.Run(mlp.EXPERIMENT, s) for s in mlp.width_runs(settings)]
+    assert sorted(names) == sorted(run.settings.run_name() for run in runs) and len(set(names)) == 13
+    assert all(run.done() for run in runs)
+
+
+def test_a_run_that_is_being_trained_is_refused(tmp_path, capsys):
+    run = run_of(tmp_path)
+    with run.lock() as mine:
+        assert mine and command.main(TINY, flags(tmp_path)) == 2
+        assert capsys.readouterr().err == f"tiny.py: another process is training {run.folder}\n"
+    assert command.main(TINY, flags(tmp_path)) == 0
+
+
+def test_a_run_that_others_hold_is_waited_for(tmp_path, monkeypatch):
+    runs, slept, held = [run_of(tmp_path, seed=i) for i in range(3)], [], run_of(tmp_path, seed=1)
+    with held.lock():
+        def sleep(seconds):
+            slept.append([run.done() for run in runs])
+            if len(slept) == 2:
+                held.perform(bar=False)
+
+        monkeypatch.setattr("lab.sweep.time.sleep", sleep)
+        monkeypatch.setattr(runs[1], "perform", lambda bar: pytest.fail("trained twice"))
+        assert sweep(runs, bar=False) == 0
+    assert slept == [[True, False, True]] * 2 and runs[1].done()
+
+
+def test_a_run_that_was_finished_while_we_waited_for_its_lock_is_not_trained_again(tmp_path, monkeypatch):
+    run = finished(run_of(tmp_path))
+    answers = [False]  # not done when looked at, done by the time the lock is ours
+    monkeypatch.setattr(run, "done", lambda: answers.pop() if answers else True)
+    monkeypatch.setattr(run, "perform", lambda bar: pytest.fail("trained twice"))
+    assert sweep([run], bar=False) == 0 and not answers
+
+
+@pytest.mark.parametrize("step", [1, 12])
+def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path, step):
+    """Its run is saved; after the last step, it is done."""
+    seen = []
+
+    def step_seen(*batch):
+        seen.append(1)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def train(run):
+        tiny.train(run, step_seen=step_seen)
+
+    runs = [run_of(tmp_path, replace(TINY, train=train), seed=i) for i in range(2)]
+    with pytest.raises(SystemExit) as stop:
+        sweep(runs, bar=False)
+    assert stop.value.code == 143 and not runs[1].folder.exists() and len(seen) == step
+    assert (runs[0].folder / "checkpoint.npz").exists() and not runs[0].done()
+    assert sweep(runs, bar=False) == 0
+    finished(run_of(tmp_path / "uncut"))
+    tiny.assert_same(runs[0].folder, tiny.remains(run_of(tmp_path / "uncut").folder))
+
+
+def test_a_stop_during_an_evaluation_saves_the_epoch_before_it(tmp_path, monkeypatch):
+    real, seen = lab.Run.test_batches, []
+
+    def test_batches(self, *arguments):
+        for batch in real(self, *arguments):
+            seen.append(batch)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    run = run_of(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(lab.Run, "test_batches", test_batches)
+        finished(run)
+    assert len(seen) == 2 and (run.progress.epoch, run.progress.step) == (0, 4)
+    finished(run_of(tmp_path / "uncut"))
+    tiny.assert_same(finished(run).folder, tiny.remains(run_of(tmp_path / "uncut").folder))
+
+
+def test_a_stop_after_the_last_evaluation_leaves_a_run_that_is_done(tmp_path, monkeypatch):
+    real = lab.Run.write_log
+    monkeypatch.setattr(lab.Run, "write_log", lambda self: [real(self), os.kill(os.getpid(), signal.SIGINT)])
+    runs = [run_of(tmp_path, seed=i) for i in range(2)]
+    with pytest.raises(SystemExit) as stop:
+        sweep(runs, bar=False)
+    assert stop.value.code == 130 and [run.done() for run in runs] == [True, False]
+
+
+def test_failures_are_recorded_until_the_run_succeeds(tmp_path, capsys):
+    faulty = [True]
+
+    def build(s):
+        if s.seed == 1 and faulty:
+            raise MemoryError("too large")
+        return tiny.build(s)
+
+    runs = [run_of(tmp_path, replace(TINY, train=lambda run: tiny.train(run, build)), seed=i) for i in range(4)]
+    runs[2].folder.mkdir(parents=True)
+    (runs[2].folder / "checkpoint.npz").write_bytes(b"nonsense")
+    assert sweep(runs, bar=False) == 2
+    assert [run.status().split(":")[0] for run in runs] == ["done", "failed", "failed", "done"]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "seed=1: MemoryError: too large" and "checkpoint.npz cannot be continued" in told[1]
+    assert runs[1].status() == "failed: MemoryError: too large"
+    assert sweep(runs[:2], bar=False) == 1  # the next sweep tries again
+    faulty.clear()
+    (runs[2].folder / "checkpoint.npz").unlink()
+    assert sweep(runs, bar=False) == 0
+    assert [run.status().split(":")[0] for run in runs] == ["done"] * 4 and not list(tmp_path.rglob("failed.json"))
+
+
+def test_a_failure_of_another_process_of_the_sweep_is_not_tried_again(tmp_path, monkeypatch):
+    run = run_of(tmp_path)
+    run.folder.mkdir(parents=True)
+    real = run.lock
+    monkeypatch.setattr(run, "lock", lambda: [run.record_failure(ValueError("x")), real()][1])  # while we waited for it
+    monkeypatch.setattr(run, "perform", lambda bar: pytest.fail("tried again"))
+    assert sweep([run], bar=False) == 1
+
+
+@pytest.mark.parametrize("codes, code, says", [
+    ([0, 0], 0, ""), ([0, 1], 1, ""),
+    ([0, -9], 0, "a process of the sweep was ended by signal 9; the others went on with its run\n"),
+    ([-9, 1], 1, "a process of the sweep was ended by signal 9; the others went on with its run\n"),
+    ([-15, -9], 143, "a process of the sweep was ended by signal 15\na process of the sweep was ended by signal 9\n")])
+def test_what_a_sweep_in_processes_says_of_those_that_die(tmp_path, capfd, codes, code, says):
+    """Each worker takes its number from a file and ends itself as the list says."""
+    script = tmp_path / "worker.py"
+    script.write_text(f"""
+import os, sys
+assert sys.argv[2] == "--worker" and os.environ["OPENBLAS_NUM_THREADS"] and "PMI_SIZE" not in os.environ
+for i, code in enumerate({codes}):
+    try:
+        open(sys.argv[1] + f"/{{i}}", "x")
+    except FileExistsError:
+        continue
+    os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
+""")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PMI_SIZE", "1")
+        assert sweep_in_processes(len(codes), str(script), [str(tmp_path)]) == code
+    assert sorted(capfd.readouterr().err.splitlines()) == sorted(says.splitlines())  # any worker may take any number
+
+
+def test_list_says_what_is_done(tmp_path, capsys):
+    finished(run_of(tmp_path, seed=3))
+    capsys.readouterr()
+    assert command.main(TINY, [*flags(tmp_path), "--list", "many"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[2] == "seed=2: not begun" and out[3].startswith("seed=3: done: test ") and out[-1] == (
+        "1 of 12 runs are done") and len(out) == 13
+
+
+def test_a_figure_that_needs_no_training_is_not_swept(tmp_path, capsys):
+    e = replace(TINY, figures={"many": replace(TINY.figures["many"], trained=False)})
+    assert command.main(e, [*flags(tmp_path), "--sweep", "many"]) == 2
+    assert capsys.readouterr().err == "tiny.py: many needs no training; --plot many draws it\n"
