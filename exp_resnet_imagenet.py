@@ -6,7 +6,8 @@
     mpirun -n 9 python exp_resnet_imagenet.py --data imagenet-256 --sweep table1          one network a process
     python exp_resnet_imagenet.py --plot table1                   Table 1 and Figure 13 from what is done
 
-ImageNet lies in data/imagenet: train/<class>/*.JPEG and val/<class>/*.JPEG, or val/*.JPEG with the devkit beside it.
+ImageNet lies in data/imagenet: train/<class>/*.JPEG and val/<class>/*.JPEG, or val/*.JPEG and beside it
+ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv.
 Protocol (Section 3 of the paper): SGD, momentum 0.9, weight decay 1e-4, learning rate 0.1 with a cosine over 150
 epochs, batch 256; random crops of 0.2 to 1 of the area and flips; tested on the centre 224 x 224 of the smallest side
 256. --data synthetic generates photographs, for which smaller crops (--size 64) do.

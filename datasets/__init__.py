@@ -8,14 +8,16 @@ What is absent is downloaded into the folder, or drawn, by one process while oth
 DataError of one sentence.
 """
 
+import functools
+
 from datasets import arrays, drawn, photographs
 from datasets.dataset import DataError, Dataset
 
 __all__ = ["DataError", "Dataset", "NAMES", "load"]
 
 LOADERS = {
-    "mnist": arrays.mnist, "cifar10": arrays.cifar10, "cifar100": arrays.cifar100, "svhn": arrays.svhn,
-    "synthetic": drawn.digits,
+    "mnist": arrays.mnist, **{name: functools.partial(arrays.cifar, name) for name in arrays.CIFAR},
+    "svhn": arrays.svhn, "synthetic": drawn.digits,
     "imagenet": photographs.imagenet, "imagenet-256": photographs.imagenet_256, "photographs": photographs.drawn,
 }
 NAMES = tuple(LOADERS)

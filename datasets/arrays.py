@@ -30,8 +30,8 @@ def reading(path, kind):
     except DataError:
         raise
     except Exception as error:  # readers of a format raise what they happen to trip over, not only their own errors
-        if isinstance(error, OSError) and error.strerror:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        if reason := getattr(error, "strerror", None):
+            raise DataError(f"{path} cannot be read: {reason}") from None
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(f"{path} is not a whole {kind}: {reason}") from None
 
@@ -80,56 +80,43 @@ def read_idx(path, md5, shape):
 # ---------------------------------------------------------------------------------------------- CIFAR
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
-CIFAR_MD5 = {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
-             "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}
-CIFAR10_COUNTS = {**{f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}, "test_batch.bin": 10_000}
-CIFAR100_COUNTS = {"train.bin": 50_000, "test.bin": 10_000}
+CIFAR = {  # archive, its MD5, the folder in it, {file: records} with the test set last, bytes of labels, classes, ...
+    "cifar10": ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-batches-bin",
+                {**{f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}, "test_batch.bin": 10_000}, 1, 10,
+                (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary",
+                 {"train.bin": 50_000, "test.bin": 10_000}, 2, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 
 
-def cifar10(folder, mirrors=(CIFAR_URL,)):
-    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images of 3 x 32 x 32, 10 classes.
+def cifar(name, folder, mirrors=(CIFAR_URL,)):
+    """CIFAR-10 or CIFAR-100 with its fine labels (Krizhevsky 2009): 50,000 training and 10,000 test images of
+    3 x 32 x 32.
 
-    The six files of its binary version lie in folder/cifar-10-batches-bin, folder/cifar10 or folder; absent ones are
-    unpacked from the archive, which is downloaded if it is not in the folder. What is there need not be the original
-    (re-encoded copies exist), so it is checked for its structure.
+    The files of its binary version lie in the archive's folder (folder/cifar-10-batches-bin, folder/cifar-100-binary),
+    in folder/name or in folder; absent ones are unpacked from the archive, which is downloaded if it is not in the
+    folder. What is there need not be the original (re-encoded copies exist), so it is checked for its structure.
     """
-    train, test = read_cifar("cifar10", folder, mirrors, "cifar-10-binary.tar.gz", "cifar-10-batches-bin",
-                             CIFAR10_COUNTS, label_bytes=1, classes=10)
-    return normalized("cifar10", 10, train, test, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    archive, md5, unpacked, counts, label_bytes, classes, *scale = CIFAR[name]
 
-
-def cifar100(folder, mirrors=(CIFAR_URL,)):
-    """CIFAR-100: as CIFAR-10, with 100 classes (the fine labels); train.bin and test.bin in folder/cifar-100-binary,
-    folder/cifar100 or folder.
-    """
-    train, test = read_cifar("cifar100", folder, mirrors, "cifar-100-binary.tar.gz", "cifar-100-binary",
-                             CIFAR100_COUNTS, label_bytes=2, classes=100)
-    return normalized("cifar100", 100, train, test, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-
-
-def read_cifar(name, folder, mirrors, archive, unpacked, counts, label_bytes, classes):
-    """(images, labels) of the training and of the test set; counts: {file: records}, the test set's file last."""
     def absent():
         return [file for file in counts if find(folder, (unpacked, name, ""), (file,)) is None]
 
     if absent():
-        verify = functools.partial(check_published, md5=CIFAR_MD5[archive])
+        verify = functools.partial(check_published, md5=md5)
         packed = find_or_download(folder, ("", name), (archive,), mirrors, verify)
         with locked(packed), reading(packed, "tar.gz file"):
             if files := absent():  # else another process was faster
                 verify(packed)
-                unpack(packed, [f"{unpacked}/{file}" for file in files], folder)
+                with tarfile.open(packed) as tar:
+                    for file in files:
+                        path = Path(folder, unpacked, file)
+                        path.parent.mkdir(exist_ok=True)
+                        write_whole(path, tar.extractfile(f"{unpacked}/{file}").read())
     *train, test = (read_records(find(folder, (unpacked, name, ""), (file,)), n, label_bytes, classes)
                     for file, n in counts.items())
-    return [np.concatenate(parts) for parts in zip(*train)], test
-
-
-def unpack(archive, names, folder):
-    """Write these members of a tar.gz file to folder/name."""
-    with tarfile.open(archive) as tar:
-        for name in names:
-            Path(folder, name).parent.mkdir(exist_ok=True)
-            write_whole(Path(folder, name), tar.extractfile(name).read())
+    train = [np.concatenate(parts) for parts in zip(*train)]
+    return normalized(name, classes, train, test, *scale)
 
 
 def read_records(path, count, label_bytes, classes):
@@ -140,8 +127,7 @@ def read_records(path, count, label_bytes, classes):
     with reading(path, "CIFAR file"), open(path, "rb") as file:
         have, want = os.fstat(file.fileno()).st_size, count * record
         if have != want:
-            kind = f"is cut short at {have:,} bytes" if have < want else "goes on after its data"
-            raise DataError(f"{path} {kind}: {count:,} records of {record:,} bytes make {want:,} bytes")
+            raise DataError(f"{path} has {have:,} bytes, but {count:,} records of {record:,} bytes make {want:,}")
         records = np.fromfile(file, np.uint8, want).reshape(count, record)
     labels = records[:, label_bytes - 1].astype(np.int64)
     if labels.max() >= classes:
@@ -160,23 +146,24 @@ SVHN_MD5 = {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
 def svhn(folder, mirrors=(SVHN_URL,)):
     """SVHN (Netzer et al. 2011), cropped digits: 73,257 training and 26,032 test images of 3 x 32 x 32.
 
-    Its two .mat files lie in folder/svhn or in folder; absent ones are downloaded. SciPy reads them only when their
-    checksum says that they are the published ones: it believes what a file claims.
+    Its two .mat files lie in folder/svhn or in folder; absent ones are downloaded.
     """
     halves = []
     for name, md5 in SVHN_MD5.items():
-        verify = functools.partial(check_published, md5=md5)
-        path = find_or_download(folder, ("svhn", ""), (name,), mirrors, verify)
-        with reading(path, ".mat file"):
-            verify(path)
-            halves.append(read_svhn(path))
+        read = functools.partial(read_svhn, md5=md5)
+        halves.append(read(find_or_download(folder, ("svhn", ""), (name,), mirrors, verify=read)))
     return normalized("svhn", 10, *halves, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
 
 
-def read_svhn(path):
-    """Images (N, 3, 32, 32) and labels (N,): X (32, 32, 3, N) of uint8, y (N, 1) with 10 for the digit 0."""
+def read_svhn(path, md5):
+    """Images (N, 3, 32, 32) and labels (N,): X (32, 32, 3, N) of uint8, y (N, 1) with 10 for the digit 0.
+
+    SciPy believes what a file claims, so it reads only one that has the MD5 of the published one.
+    """
     import scipy.io
 
-    content = scipy.io.loadmat(path, variable_names=["X", "y"])
+    with reading(path, ".mat file"):
+        check_published(path, md5)
+        content = scipy.io.loadmat(path, variable_names=["X", "y"])
     images = np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1))  # (H, W, C, N) -> (N, C, H, W)
     return images, content["y"].reshape(-1).astype(np.int64) % 10  # (N, 1) -> (N,)

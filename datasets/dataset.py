@@ -39,7 +39,7 @@ class Dataset:
     train: object
     test: object
 
-    shape = property(lambda self: self.train.shape)
+    shape = property(lambda self: self.train.shape)  # (C, H, W)
     train_labels = property(lambda self: self.train.labels)
     test_labels = property(lambda self: self.test.labels)
     # of arrays alone: a network sees image * scale + shift
@@ -64,16 +64,14 @@ class Dataset:
         those that are left the first `limit` are trained on. 0: no such thing.
         """
         train, test, count = self.train, self.test, len(self.train_labels)
+        if held_out >= count:
+            raise DataError(f"{self.name} has {count:,} training images, so {held_out:,} cannot be held out")
         if held_out:
-            if held_out >= count:
-                raise DataError(f"{self.name} has {count:,} training images, so {held_out:,} cannot be held out")
             train, test = train.split(count - held_out)
-        if limit:
-            count = len(train.labels)
-            if limit > count:
-                raise DataError(f"{self.name} has {count:,} training images, so a limit of {limit:,} cannot be met")
-            train, _ = train.split(limit)
-        return replace(self, train=train, test=test)
+        if limit > count - held_out:
+            raise DataError(f"{self.name} has {count - held_out:,} training images, so a limit of {limit:,} cannot be "
+                            "met")
+        return replace(self, train=train.split(limit)[0] if limit else train, test=test)
 
     def augmented(self, padding=4, flips=True):
         """Training images become random crops of their own size from the image with `padding` black pixels on each

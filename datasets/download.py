@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import threading
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -28,7 +29,6 @@ def find_or_download(folder, subfolders, names, mirrors, verify):
     path = find(folder, subfolders, names)
     if path is None:
         path = Path(folder, subfolders[0], names[-1])
-        path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
             if not path.exists():  # else another process was faster
                 download([mirror + names[-1] for mirror in mirrors], path, verify)
@@ -53,11 +53,13 @@ def compare(path, have, want):
 def download(urls, path, verify):
     """Fetch the first of these addresses whose file passes verify(path), which else raises DataError, to `path`.
 
-    Nothing unverified is ever called `path`. Raises DataError with the reason of every address when none gave the file.
+    Nothing unverified is ever called `path`. A line on stderr says which address is waited for. Raises DataError with
+    the reason of every address when none gave the file.
     """
     part, failures = path.with_name(path.name + ".part"), []
     try:
         for url in urls:
+            tqdm.write(f"downloading {path.name} from {url}", file=sys.stderr)
             for _ in range(ATTEMPTS):
                 try:
                     fetch(url, part)

@@ -7,17 +7,14 @@ Photographs of any size are decoded in threads while the batches before them are
 from 0.2 to 1 of the area, flips; test: smallest side 256, the centre). They stay bytes until a batch is normalised.
 
 Microseconds for a training crop of an ImageNet photograph (481 x 405 on average) on one core: decode 1,770, resize 700,
-copy 45, flip 30, normalise 200 (in another order 190, and 110 for the copy). Reading a file in one block:
--80; four bytes a pixel, as Pillow keeps them, from libjpeg: -90. Decoding at 1/2, 1/4, 1/8 where that leaves MARGIN
-pixels for one that is wanted: nothing at 224, 2,390 -> 1,550 at 64 (off by 0.4 / 255), 21 ms -> 13 for 2,000 x 1,500
-pixels; a MARGIN of 1: 10 ms, but off by 1 to 2.4. Nothing: resize(reducing_gap=), libjpeg's fast modes (-30, off by
-1.1), flips by reversed views (+75).
+copy 45, flip 30, normalise 200. Reading a file in one block saved 80; four bytes a pixel, as Pillow keeps them, from
+libjpeg 90; decoding at 1/2, 1/4, 1/8 where that leaves MARGIN pixels for one that is wanted nothing at size 224, 840 at
+64 (off by 0.4 / 255). Not worth it: a MARGIN of 1 (off by 1 to 2.4), libjpeg's fast modes, flips by reversed views.
 """
 
 import collections
 import contextlib
 import functools
-import json
 import math
 import os
 import shutil
@@ -37,11 +34,12 @@ from datasets import trees
 from datasets.dataset import DataError, Dataset, in_threads, prefetched
 from datasets.drawn import photographs, to_disk
 from engines import host
-from lab.files import locked, write_whole
+from lab.files import as_json, locked, read_json, write_whole
 
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # broken EXIF data, which a photograph does not need
 
 MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))  # of ImageNet's channels / 255
+SCALE, SHIFT = (1 / (255 * STD)).astype(np.float32), (-MEAN / STD).astype(np.float32)
 PREFETCH = 2  # batches that are decoded while one is in use
 MARGIN = 2  # pixels that decoding at a lower resolution must leave in each direction for one that is wanted
 
@@ -92,20 +90,19 @@ def cut(image, size, box):
     return image.resize(size, Image.Resampling.BILINEAR, box)
 
 
-def random_box(draws, width, height, scale=(0.2, 1), ratio=(3 / 4, 4 / 3)):
-    """(left, top, right, bottom) of a random part of the image: its area a share between `scale`, its width / height
-    between `ratio` (uniform in the logarithm). As torchvision's RandomResizedCrop, with 22 numbers from 0 to 1.
+def random_box(draws, width, height):
+    """(left, top, right, bottom) of a random part of the image: its area a share from 0.2 to 1, its width / height from
+    3/4 to 4/3 (uniform in the logarithm). As torchvision's RandomResizedCrop, with 22 numbers from 0 to 1.
     """
-    low, high = map(math.log, ratio)
+    low, high = math.log(3 / 4), math.log(4 / 3)
     for a, r in zip(draws[2:12], draws[12:22]):
-        area = width * height * (scale[0] + a * (scale[1] - scale[0]))
+        area = width * height * (0.2 + 0.8 * a)
         aspect = math.exp(low + r * (high - low))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(draws[0] * (width - w + 1)), int(draws[1] * (height - h + 1))
             return left, top, left + w, top + h
-    w = min(width, round(height * ratio[1]))  # after ten attempts: the centre, as much as the ratio allows
-    h = min(height, round(width / ratio[0]))
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # after ten attempts: the centre
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -128,17 +125,15 @@ def resized(width, height, side):
 class Files:
     """The photographs of one half of a tree, and which of them turned out to be bad.
 
-    folder: of the half. names, labels: (N,). classes: names of the folders that they lie in, None for a flat half.
-    More than int(unreadable * N) bad files are a DataError.
+    folder: of the half. names, labels: (N,), see trees.index. More than int(unreadable * N) bad files are a DataError.
     """
 
-    def __init__(self, folder, classes, names, labels, unreadable):
-        self.folder, self.classes, self.names, self.labels = Path(folder), classes, names, labels
+    def __init__(self, folder, names, labels, unreadable):
+        self.folder, self.names, self.labels = folder, names, labels
         self.unreadable, self.bad, self.lock = unreadable, {}, threading.Lock()
 
     def path(self, i):
-        place = self.folder if self.classes is None else self.folder / self.classes[self.labels[i]]
-        return place / os.fsdecode(self.names[i])
+        return self.folder / os.fsdecode(self.names[i])
 
     @contextlib.contextmanager
     def attempt(self, i):
@@ -226,7 +221,6 @@ class Photographs:
         The decoders are a pool of their own: convolutions would wait in one queue with hundreds of photographs.
         """
         pool = ThreadPoolExecutor(self.threads or host.cores(), "photographs")
-        scale, shift = (1 / (255 * STD)).astype(np.float32), (-MEAN / STD).astype(np.float32)
 
         def begin(part):
             places = range(part.start, part.stop)
@@ -237,7 +231,7 @@ class Photographs:
             pixels, futures = begun
             labels = np.array([future.result() for future in futures], np.int64)
             found = labels >= 0
-            x = nn.engine.normalized(pixels if found.all() else pixels[found], scale, shift)
+            x = nn.engine.normalized(pixels if found.all() else pixels[found], SCALE, SHIFT)
             return x, nn.engine.upload(labels[found])
 
         try:
@@ -262,8 +256,8 @@ def imagenet(folder, **options):
 def imagenet_256(folder, **options):
     """The copy that `prepare` makes of it, folder/imagenet-256."""
     tree = Path(folder, "imagenet-256")
-    state = marked(tree)
-    if not (state and state["finished"]):
+    _, finished = marked(tree)
+    if not finished:
         raise DataError(f"{tree} is no finished copy of {Path(folder, 'imagenet')}; --prepare makes it or goes on "
                         "with it")
     return of_tree("imagenet-256", tree, **options)
@@ -288,9 +282,8 @@ def of_tree(name, tree, size=224, threads=0, unreadable=0.01):
 
 def files_of(tree, unreadable):
     """(class names, (Files to train on, Files to test on))"""
-    classes, halves, flat = trees.index(tree)
-    return classes, (Files(Path(tree, "train"), classes, *halves["train"], unreadable),
-                     Files(Path(tree, "val"), None if flat else classes, *halves["val"], unreadable))
+    classes, halves = trees.index(tree)
+    return classes, [Files(Path(tree, half), *halves[half], unreadable) for half in ("train", "val")]
 
 
 # ---------------------------------------------------------------------------------------------- the resized copy
@@ -299,18 +292,16 @@ MARKER = "prepared.json"
 
 
 def marked(folder):
-    """{"side": of the copy in this folder, "finished": whether it is}, or None where no copy was begun."""
+    """(smallest side, whether it is finished) of the copy in this folder; (None, False) where none was begun."""
     try:
-        state = json.loads(Path(folder, MARKER).read_text())
-        return {"side": int(state["side"]), "finished": state["finished"] is True}
-    except FileNotFoundError:
-        return None
+        state = read_json(Path(folder, MARKER))
+        return (int(state["side"]), state["finished"] is True) if state is not None else (None, False)
     except Exception as error:
         raise DataError(f"{Path(folder, MARKER)} cannot be read ({error}); remove it and prepare again") from None
 
 
 def mark(folder, side, finished):
-    write_whole(Path(folder, MARKER), json.dumps({"side": side, "finished": finished}))
+    write_whole(Path(folder, MARKER), as_json({"side": side, "finished": finished}))
 
 
 def prepare(source, target, side=256, threads=0, unreadable=0.01):
@@ -324,19 +315,14 @@ def prepare(source, target, side=256, threads=0, unreadable=0.01):
     if target.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{target} lies in {source}; the copy should have a folder of its own")
     with locked(target):
-        before = marked(target)
-        if before and before["side"] != side:
-            raise DataError(f"{target} holds a copy of smallest side {before['side']}; one of {side} needs another "
-                            "folder")
+        before, _ = marked(target)
+        if before not in (None, side):
+            raise DataError(f"{target} holds a copy of smallest side {before}; one of {side} needs another folder")
         classes, halves = files_of(source, unreadable)
-        for half in halves:
-            for name in classes:
-                (target / half.folder.name / name).mkdir(parents=True, exist_ok=True)
+        target.mkdir(exist_ok=True)
         mark(target, side, finished=False)
-        train = len(halves[0].names)
 
-        def work(number):
-            half, i = (halves[0], number) if number < train else (halves[1], number - train)
+        def work(half, i):
             path = target / half.folder.name / classes[half.labels[i]] / half.path(i).name
             if whole(path):
                 return "kept"
@@ -344,8 +330,13 @@ def prepare(source, target, side=256, threads=0, unreadable=0.01):
                 return shrink(half.path(i), path, side)
             return "bad"
 
-        numbers = range(train + len(halves[1].names))
-        counts = collections.Counter(in_threads(work, numbers, threads, f"writing {target}"))
+        counts = collections.Counter()
+        for half in halves:
+            folder = target / half.folder.name
+            for name in classes:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            numbers = range(len(half.names))
+            counts.update(in_threads(functools.partial(work, half), numbers, threads, f"writing {folder}"))
         to_disk()
         mark(target, side, finished=True)
     return {result: counts[result] for result in ("resized", "copied", "kept", "bad")}

@@ -54,7 +54,7 @@ def records(rows, *labels):
 
 
 CIFAR10 = {f"cifar-10-batches-bin/{name}": records(range(4 * i, 4 * i + 4), CLASS)
-           for i, name in enumerate(arrays.CIFAR10_COUNTS)}
+           for i, name in enumerate(arrays.CIFAR["cifar10"][3])}
 FIRST, ARCHIVE = "cifar-10-batches-bin/data_batch_1.bin", "cifar-10-binary.tar.gz"
 WHOLE = CIFAR10[FIRST]
 
@@ -77,16 +77,25 @@ def mat(rows):
     return stream.getvalue()
 
 
+FINE = np.arange(24) * 4 + 3
 PACKED, SVHN = tar_gz(CIFAR10), {"train_32x32.mat": mat(slice(0, 20)), "test_32x32.mat": mat(slice(20, 24))}
+SETS = {
+    "mnist": {name: idx(a) for name, a in MNIST.items()},
+    "cifar10": CIFAR10,
+    "cifar100": {"cifar-100-binary/train.bin": records(range(20), CLASS, FINE),
+                 "cifar-100-binary/test.bin": records(range(20, 24), CLASS, FINE)},
+    "svhn": SVHN,
+}
 
 
 @pytest.fixture(autouse=True)
 def small_sets(monkeypatch):
     """Some twenty training and four or five test images are what was published."""
     monkeypatch.setattr(arrays, "MNIST", {name: (md5(idx(a)), a.shape) for name, a in MNIST.items()})
-    monkeypatch.setattr(arrays, "CIFAR10_COUNTS", dict.fromkeys(arrays.CIFAR10_COUNTS, 4))
-    monkeypatch.setattr(arrays, "CIFAR100_COUNTS", {"train.bin": 20, "test.bin": 4})
-    monkeypatch.setattr(arrays, "CIFAR_MD5", {ARCHIVE: md5(PACKED)})
+    ten, hundred = arrays.CIFAR.values()
+    monkeypatch.setattr(arrays, "CIFAR", {
+        "cifar10": (ARCHIVE, md5(PACKED), ten[2], dict.fromkeys(ten[3], 4), *ten[4:]),
+        "cifar100": (*hundred[:3], {"train.bin": 20, "test.bin": 4}, *hundred[4:])})
     monkeypatch.setattr(arrays, "SVHN_MD5", {name: md5(content) for name, content in SVHN.items()})
 
 
@@ -102,160 +111,102 @@ def files_in(folder):
                   if not path.is_dir() and not path.name.endswith(".lock"))
 
 
-# ---------------------------------------------------------------------------------------------- MNIST
+# ---------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("sub", ["", "mnist"])
-def test_mnist_plain_and_gzip(tmp_path, packed, sub):
-    write_all(tmp_path / sub, {name + ".gz" * packed: gzip.compress(idx(a)) if packed else idx(a)
-                               for name, a in MNIST.items()})
-    mnist = datasets.load("mnist", tmp_path)
-    np.testing.assert_array_equal(mnist.train_images[:, 0], DIGITS[:20])
-    np.testing.assert_array_equal(mnist.test_labels, ANSWERS[20:])
-    assert mnist.train_labels.dtype == np.int64 and mnist.shape == (1, 28, 28)
-    x, labels = next(mnist.test_batches(5))
-    assert x.shape == (5, 1, 28, 28) and x.dtype == np.float32
-    np.testing.assert_allclose(x[:, 0], (DIGITS[20:] / 255 - 0.1307) / 0.3081, atol=1e-6)
-
-
-IMAGES = "train-images-idx3-ubyte"
-GZ = gzip.compress(idx(DIGITS[:20]))
-
-
-@pytest.mark.parametrize("name, content, says", [
-    (IMAGES, b"", "is not what was published: its MD5 is d41d8cd98f00b204e9800998ecf8427e instead of "),
-    (IMAGES, b"<html>not found</html>", "is not what was published"),
-    (IMAGES, idx(DIGITS[:20])[:-1], "is not what was published"),
-    (IMAGES, idx(DIGITS[:20]) + b"\0", "is not what was published"),
-    (IMAGES + ".gz", gzip.compress(idx(DIGITS[:20]) + bytes(2**24)), "is not what was published"),
-    (IMAGES + ".gz", gzip.compress(idx(DIGITS[1:21])), "is not what was published"),
-    (IMAGES + ".gz", GZ[:-20], "is not a whole gzip file: Compressed file ended before"),
-    (IMAGES + ".gz", GZ[:50] + b"\0\1\2\3" * 30, "is not a whole gzip file: "),
-])
-def test_wrong_mnist_files_are_named(tmp_path, name, content, says):
-    write_all(tmp_path, {name: idx(a) for name, a in MNIST.items() if name != IMAGES} | {name: content})
-    with pytest.raises(DataError) as error:
-        datasets.load("mnist", tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / name} {says}") and "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------------------------------------- CIFAR, SVHN
-
-
-def check_coloured(found, labels=CLASS):
-    assert found.train_images.dtype == np.uint8 and found.train_images.flags.c_contiguous
-    np.testing.assert_array_equal(found.train_images, COLOURED[:20])
-    np.testing.assert_array_equal(found.test_images, COLOURED[20:])
-    np.testing.assert_array_equal(found.train_labels, labels[:20])
-    np.testing.assert_array_equal(found.test_labels, labels[20:])
+@pytest.mark.parametrize("name, sub", [
+    ("mnist", ""), ("mnist", "mnist"), ("mnist packed", ""), ("mnist packed", "mnist"), ("cifar10", ""),
+    ("cifar10", "cifar10"), ("cifar10", "cifar-10-batches-bin"), ("cifar100", "cifar-100-binary"), ("cifar100", ""),
+    ("svhn", ""), ("svhn", "svhn")])
+def test_files_are_found_in_each_place(tmp_path, name, sub):
+    name, *packed = name.split()
+    write_all(tmp_path / sub, {Path(file).name + ".gz" * len(packed): gzip.compress(content) if packed else content
+                               for file, content in SETS[name].items()})
+    found = datasets.load(name, tmp_path)
+    images, labels, mean, std = {
+        "mnist": (DIGITS[:, None], ANSWERS, (0.1307,), (0.3081,)),
+        "cifar10": (COLOURED, CLASS, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        "cifar100": (COLOURED, FINE, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        "svhn": (COLOURED, CLASS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))}[name]  # calls the digit 0 10
+    assert found.train_images.dtype == np.uint8 and found.shape == images.shape[1:]
+    assert found.name == name and found.classes == (100 if name == "cifar100" else 10)
     assert found.train_labels.dtype == found.test_labels.dtype == np.int64
+    np.testing.assert_array_equal(found.train_images, images[:20])
+    np.testing.assert_array_equal(np.concatenate([found.train_labels, found.test_labels]), labels)
+    x, answers = next(found.test_batches(4))
+    assert x.dtype == np.float32 and answers.tolist() == labels[20:24].tolist()
+    for c in range(len(mean)):
+        np.testing.assert_allclose(x[:, c], (images[20:24, c] / 255 - mean[c]) / std[c], atol=1e-5)
 
 
-@pytest.mark.parametrize("sub", ["cifar-10-batches-bin", "cifar10", ""])
-def test_cifar10_files_in_each_place(tmp_path, sub):
-    write_all(tmp_path / sub, {Path(name).name: content for name, content in CIFAR10.items()})
-    cifar = datasets.load("cifar10", tmp_path)
-    check_coloured(cifar)
-    x, labels = next(cifar.test_batches(3))
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    for c in range(3):
-        np.testing.assert_allclose(x[:, c], (COLOURED[20:23, c] / 255 - mean[c]) / std[c], atol=1e-5)
+IMAGES, BATCH, COARSE = "train-images-idx3-ubyte", "cifar-10-batches-bin/data_batch_3.bin", "cifar-100-binary/train.bin"
+GZ, OTHER = gzip.compress(idx(DIGITS[:20])), "is not what was published: its MD5 is "
+FOLDER, TERABYTE = None, 2**40  # of nothing
 
 
-def test_cifar100_has_its_fine_labels(tmp_path):
-    fine = np.arange(24) * 4 + 3
-    write_all(tmp_path / "cifar-100-binary", {"train.bin": records(range(20), CLASS, fine),
-                                              "test.bin": records(range(20, 24), CLASS, fine)})
-    cifar = datasets.load("cifar100", tmp_path)
-    check_coloured(cifar, fine)
-    assert cifar.classes == 100
-    write_all(tmp_path / "cifar-100-binary", {"train.bin": records(range(20), CLASS, fine + 25)})
-    with pytest.raises(DataError, match="train.bin has label 100 at position 18, but labels go from 0 to 99"):
-        datasets.load("cifar100", tmp_path)
-
-
-@pytest.mark.parametrize("content, says", [
-    (b"", "is cut short at 0 bytes: 4 records of 3,073 bytes make 12,292 bytes"),
-    (WHOLE[:-1], "is cut short at 12,291 bytes: 4 records of 3,073 bytes make 12,292 bytes"),
-    (WHOLE + b"x", "goes on after its data: 4 records of 3,073 bytes make 12,292 bytes"),
-    (WHOLE[: 2 * 3073] + b"\x0a" + WHOLE[2 * 3073 + 1 :], "has label 10 at position 2, but labels go from 0 to 9"),
+@pytest.mark.parametrize("name, file, content, says", [
+    ("mnist", IMAGES, b"", OTHER + "d41d8cd98f00b204e9800998ecf8427e instead of "),
+    ("mnist", IMAGES, b"<html>not found</html>", OTHER),
+    ("mnist", IMAGES, idx(DIGITS[:20])[:-1], OTHER),
+    ("mnist", IMAGES, idx(DIGITS[:20]) + b"\0", OTHER),
+    ("mnist", IMAGES, TERABYTE, OTHER),
+    ("mnist", IMAGES, FOLDER, "cannot be read: Is a directory"),
+    ("mnist", IMAGES + ".gz", gzip.compress(idx(DIGITS[:20]) + bytes(2**24)), OTHER),
+    ("mnist", IMAGES + ".gz", gzip.compress(idx(DIGITS[1:21])), OTHER),
+    ("mnist", IMAGES + ".gz", GZ[:-20], "is not a whole gzip file: Compressed file ended before"),
+    ("mnist", IMAGES + ".gz", GZ[:50] + b"\0\1\2\3" * 30, "is not a whole gzip file: "),
+    ("cifar10", BATCH, b"", "has 0 bytes, but 4 records of 3,073 bytes make 12,292"),
+    ("cifar10", BATCH, WHOLE[:-1], "has 12,291 bytes, but 4 records of 3,073 bytes make 12,292"),
+    ("cifar10", BATCH, WHOLE + b"x", "has 12,293 bytes, but 4 records of 3,073 bytes make 12,292"),
+    ("cifar10", BATCH, TERABYTE, "has 1,099,511,627,776 bytes, but "),
+    ("cifar10", BATCH, FOLDER, "cannot be read: Is a directory"),
+    ("cifar10", BATCH, WHOLE[: 2 * 3073] + b"\x0a" + WHOLE[2 * 3073 + 1 :],
+     "has label 10 at position 2, but labels go from 0 to 9"),
+    ("cifar100", COARSE, records(range(20), CLASS, FINE + 25), "has label 100 at position 18, but labels go from 0 to"),
+    ("cifar10", ARCHIVE, tar_gz(CIFAR10 | {FIRST: bytes(12_292)}), OTHER),
+    ("cifar10", ARCHIVE, PACKED[:-3], OTHER),
+    ("cifar10", ARCHIVE, TERABYTE, "has more than 268,435,456 bytes"),
+    ("cifar10", ARCHIVE, FOLDER, "cannot be read: Is a directory"),
+    ("svhn", "train_32x32.mat", mat(slice(1, 21)), OTHER),
+    ("svhn", "train_32x32.mat", TERABYTE, "has more than 268,435,456 bytes"),
+    ("svhn", "train_32x32.mat", FOLDER, "cannot be read: Is a directory"),
 ])
-@pytest.mark.parametrize("file", ["data_batch_3.bin", "test_batch.bin"])
-def test_broken_records_are_named(tmp_path, content, says, file):
-    write_all(tmp_path, CIFAR10 | {f"cifar-10-batches-bin/{file}": content})
+def test_files_that_are_wrong_are_named_and_not_parsed(tmp_path, monkeypatch, name, file, content, says):
+    monkeypatch.setattr(tarfile, "open", lambda *a: pytest.fail("opened"))
+    monkeypatch.setattr(scipy.io, "loadmat", lambda *a, **k: pytest.fail("parsed"))
+    others = {} if file == ARCHIVE else SETS[name]
+    write_all(tmp_path, {other: whole for other, whole in others.items() if other != file.removesuffix(".gz")})
+    path = tmp_path / file
+    if content is FOLDER:
+        path.mkdir(parents=True)
+    else:
+        path.write_bytes(b"" if content is TERABYTE else content)
+        os.truncate(path, content if content is TERABYTE else len(content))
+    before = files_in(tmp_path)
     with pytest.raises(DataError) as error:
-        datasets.load("cifar10", tmp_path)
-    assert str(error.value) == f"{tmp_path / 'cifar-10-batches-bin' / file} {says}"
+        datasets.load(name, tmp_path)
+    assert str(error.value).startswith(f"{path} {says}") and "\n" not in str(error.value)
+    assert says != OTHER or str(error.value).endswith("; remove it, or put the published file in its place")
+    assert files_in(tmp_path) == before
 
 
 @pytest.mark.parametrize("sub", ["", "cifar10"])
-def test_an_archive_in_the_folder_is_unpacked_once(tmp_path, sub):
+def test_an_archive_in_the_folder_is_unpacked_once(tmp_path, monkeypatch, sub):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
     own = records([7, 6, 5, 4], CLASS)  # a file that is there already is left as it is
-    write_all(tmp_path, {Path(sub, ARCHIVE): PACKED, "cifar-10-batches-bin/data_batch_2.bin": own})
+    packed = {str(Path(sub, ARCHIVE)): PACKED, "cifar-10-batches-bin/data_batch_2.bin": own}
+    write_all(tmp_path, packed)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        datasets.load("cifar10", tmp_path)
+    assert files_in(tmp_path) == sorted(packed)
     cifar = datasets.load("cifar10", tmp_path)
     np.testing.assert_array_equal(cifar.train_images[[0, 4, 5, 6, 7, 8]], COLOURED[[0, 7, 6, 5, 4, 8]])
     assert files_in(tmp_path) == sorted([*CIFAR10, str(Path(sub, ARCHIVE))])
     (tmp_path / sub / ARCHIVE).unlink()
     datasets.load("cifar10", tmp_path)
-
-
-@pytest.mark.parametrize("content, says", [
-    (tar_gz(CIFAR10 | {FIRST: bytes(12_292)}), "is not what was published: its MD5 is "),
-    (PACKED[:-3], "is not what was published: its MD5 is "), (b"", "is not what was published: its MD5 is d41d8cd98f0"),
-])
-def test_an_archive_that_was_not_published_is_not_opened(tmp_path, monkeypatch, content, says):
-    monkeypatch.setattr(tarfile, "open", lambda *a: pytest.fail("opened"))
-    write_all(tmp_path, {ARCHIVE: content})
-    with pytest.raises(DataError) as error:
-        datasets.load("cifar10", tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / ARCHIVE} {says}") and files_in(tmp_path) == [ARCHIVE]
-
-
-def test_unpacking_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch):
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    write_all(tmp_path, {ARCHIVE: PACKED})
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left"):
-        datasets.load("cifar10", tmp_path)
-    assert files_in(tmp_path) == [ARCHIVE]
-
-
-@pytest.mark.parametrize("sub", ["svhn", ""])
-def test_svhn(tmp_path, sub):
-    write_all(tmp_path / sub, SVHN)
-    assert (CLASS == 0).any()  # which the file calls 10
-    svhn = datasets.load("svhn", tmp_path)
-    check_coloured(svhn)
-    x, _ = next(svhn.test_batches(4))
-    np.testing.assert_allclose(x[:, 2], (COLOURED[20:, 2] / 255 - 0.4728) / 0.1970, atol=1e-5)
-
-
-def test_an_svhn_file_that_was_not_published_is_not_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr(scipy.io, "loadmat", lambda *a, **k: pytest.fail("parsed"))
-    write_all(tmp_path, SVHN | {"train_32x32.mat": mat(slice(1, 21))})
-    with pytest.raises(DataError, match="train_32x32.mat is not what was published: .*; remove it, or put the"):
-        datasets.load("svhn", tmp_path)
-
-
-@pytest.mark.parametrize("name, file", [("svhn", "train_32x32.mat"), ("cifar10", ARCHIVE), ("cifar10", FIRST),
-                                        ("mnist", "train-labels-idx1-ubyte")])
-def test_folders_and_terabytes_in_place_of_a_file_are_named(tmp_path, name, file):
-    write_all(tmp_path, {name: idx(a) for name, a in MNIST.items()} | SVHN)
-    if file == FIRST:
-        write_all(tmp_path, CIFAR10)
-    path = tmp_path / file
-    path.unlink(missing_ok=True)
-    with open(path, "wb") as content:
-        content.truncate(2**40)  # sparse: its size is looked at before all of it is read
-    with pytest.raises(DataError, match=f"{file} (goes on|has more than 268,435,456 bytes|is not what was published)"):
-        datasets.load(name, tmp_path)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(DataError, match=f"{file} cannot be read: Is a directory"):
-        datasets.load(name, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- download
@@ -268,7 +219,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.files, self.ended, self.gate = [], {}, threading.Event(), threading.Event()
+        self.requests, self.files = [], {}
+        self.ended, self.gate, self.began = (threading.Event() for _ in range(3))
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def url(self, manner, name="file.gz"):
@@ -286,6 +238,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self):
         _, manner, name = self.path.split("/")
         self.server.requests.append(manner)
+        self.server.began.set()
         refused = {"missing": 404, "forbidden": 403, "unavailable": 503}
         if manner in refused:
             return self.send_error(refused[manner])
@@ -335,10 +288,13 @@ verify = functools.partial(download.check_published, md5=md5(CONTENT))
 
 @pytest.mark.parametrize("manners", [["good"], ["missing", "good"], ["flipped", "good"], ["html", "good"],
                                      ["cut", "good"], ["moved"], ["unsaid"]])
-def test_a_download_ends_with_the_verified_file(tmp_path, server, manners):
+def test_a_download_ends_with_the_verified_file(tmp_path, server, capsys, manners):
     (tmp_path / "file.gz.part").write_bytes(b"of an earlier download that was killed")
     download.download([server.url(m) for m in manners], tmp_path / "file.gz", verify)
     assert (tmp_path / "file.gz").read_bytes() == CONTENT and files_in(tmp_path) == ["file.gz"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("downloading")] == [
+        f"downloading file.gz from {server.url(m)}" for m in manners]
 
 
 FAULTS = {  # manner: what is said of it, requests
@@ -377,12 +333,9 @@ def test_a_server_that_fails_is_given_up_for_the_next(tmp_path, server, monkeypa
 
 def test_the_sentence_names_every_address_with_its_reason(tmp_path, server):
     urls = [server.url("missing"), server.url("flipped"), "http://127.0.0.1:9/x"]
-    with pytest.raises(DataError) as error:
+    pattern = ".*".join(f"{url}: .*{reason}" for url, reason in zip(urls, ("404", "wrong checksum", "refused")))
+    with pytest.raises(DataError, match=rf"{pattern}.*; put the file into {tmp_path} yourself$"):
         download.download(urls, tmp_path / "file.gz", verify)
-    parts = str(error.value).split("; ")
-    for part, url, reason in zip(parts, urls, ("404", "wrong checksum", "refused")):
-        assert url in part and reason in part, error.value
-    assert parts[-1] == f"put the file into {tmp_path} yourself"
 
 
 def test_interrupted_downloads_leave_nothing(tmp_path, server, monkeypatch):
@@ -407,14 +360,11 @@ def test_absent_files_are_downloaded_once(tmp_path, server):
     server.files = {"train-images-idx3-ubyte.gz": gzip.compress(idx(DIGITS[1:21])), ARCHIVE: PACKED} | SVHN
     with pytest.raises(DataError, match="train-images-idx3-ubyte.gz could not be downloaded .*wrong checksum"):
         arrays.mnist(tmp_path, mirrors=(server.url("good", ""),))
-    server.files |= {f"{name}.gz": gzip.compress(idx(a)) for name, a in MNIST.items()}
-    for load, manner in ((arrays.mnist, "good"), (arrays.cifar10, "moved"), (arrays.svhn, "unsaid")):
-        load(tmp_path, mirrors=(server.url("missing", ""), server.url(manner, "")))
+    server.files |= {f"{name}.gz": gzip.compress(content) for name, content in SETS["mnist"].items()}
+    for name, manner in (("mnist", "good"), ("cifar10", "moved"), ("svhn", "unsaid")):
+        datasets.load(name, tmp_path, mirrors=(server.url("missing", ""), server.url(manner, "")))
         server.requests.clear()
-        found = load(tmp_path, mirrors=(server.url("good", ""),))
-        assert not server.requests
-        if load != arrays.mnist:
-            check_coloured(found)
+        assert len(datasets.load(name, tmp_path).train_labels) == 20 and not server.requests
     assert files_in(tmp_path) == sorted([ARCHIVE, *CIFAR10, *(f"mnist/{name}.gz" for name in MNIST),
                                          *(f"svhn/{name}" for name in SVHN)])
 
@@ -436,40 +386,44 @@ def both_at_once(monkeypatch, module, name, work, release=lambda: None):
         return [one.result(10) for one in waiting]
 
 
-def test_of_two_that_want_a_file_one_downloads_it(tmp_path, server, monkeypatch):
+def test_of_two_that_want_a_file_one_downloads_it(tmp_path, server, monkeypatch, capsys):
     def work():
         return download.find_or_download(tmp_path, ("a", ""), ("file.gz",), (server.url("gated", ""),), verify)
 
-    paths = both_at_once(monkeypatch, download, "find", work, server.gate.set)
+    def release():  # what is waited for was said before anything came
+        assert server.began.wait(10) and f"file.gz from {server.url('gated')}" in capsys.readouterr().err
+        server.gate.set()
+
+    paths = both_at_once(monkeypatch, download, "find", work, release)
     assert paths == 2 * [tmp_path / "a" / "file.gz"] and server.requests == ["gated"]
 
 
 # ---------------------------------------------------------------------------------------------- drawn digits
 
 
-def test_drawn_digits_are_the_same_for_a_seed_and_drawn_once(tmp_path, monkeypatch):
-    one = drawn.digits(tmp_path, train=300, test=50)
-    assert files_in(tmp_path) == ["synthetic-28x28x1-300-50-seed0-v1.npz"]  # as it was always called
+@pytest.fixture
+def drawings(monkeypatch):
+    """Grows by one each time that digits are drawn."""
+    seen, draw = [], drawn.draw_digits
+    monkeypatch.setattr(drawn, "draw_digits", lambda *a: seen.append(0) or draw(*a))
+    return seen
+
+
+def test_drawn_digits(tmp_path, drawings):
+    one, same = (drawn.digits(tmp_path / folder, train=300, test=50) for folder in "ab")
+    assert files_in(tmp_path / "a") == ["synthetic-28x28x1-300-50-seed0-v1.npz"]  # as it was always called
     assert one.name == "synthetic" and one.shape == (1, 28, 28) and set(one.train_labels) == set(range(10))
-    other = drawn.digits(tmp_path, train=300, test=50, seed=1)
-    again = drawn.digits(tmp_path / "again", train=300, test=50)
-    assert one.train_images.tobytes() == again.train_images.tobytes() != other.train_images.tobytes()
-    monkeypatch.setattr(drawn, "draw_digits", lambda *a: pytest.fail("drawn twice"))
-    assert drawn.digits(tmp_path, train=300, test=50).test_images.tobytes() == one.test_images.tobytes()
-
-
-def test_drawn_digits_are_normalised_and_have_options(tmp_path, monkeypatch):
-    monkeypatch.setitem(datasets.LOADERS, "synthetic", functools.partial(drawn.digits, train=40, test=10))
-    digits = datasets.load("synthetic", tmp_path, side=32, channels=3)
-    assert digits.shape == (3, 32, 32) and digits.train_images.std() > 20
-    x, _ = next(digits.train_batches(40, seed=0, epoch=0))
+    kept = drawn.digits(tmp_path / "a", train=300, test=50)
+    assert one.train_images.tobytes() == same.train_images.tobytes() == kept.train_images.tobytes()
+    assert len(one.test_labels) == 50 and len(drawings) == 2
+    coloured = drawn.digits(tmp_path, side=32, channels=3, train=40, test=10)
+    assert coloured.shape == (3, 32, 32) and coloured.train_images.std() > 20
+    x, _ = next(coloured.train_batches(40, seed=0, epoch=0))
     np.testing.assert_allclose(x.mean(axis=(0, 2, 3)), 0, atol=1e-3)
     np.testing.assert_allclose(x.std(axis=(0, 2, 3)), 1, atol=1e-3)
 
 
-def test_damaged_digits_are_drawn_again(tmp_path, monkeypatch):
-    drawings, draw = [], drawn.draw_digits
-    monkeypatch.setattr(drawn, "draw_digits", lambda *a: drawings.append(0) or draw(*a))
+def test_damaged_digits_are_drawn_again(tmp_path, drawings):
     want = drawn.digits(tmp_path, train=30, test=10)
     path = tmp_path / files_in(tmp_path)[0]
     whole = path.read_bytes()
@@ -486,9 +440,7 @@ def test_damaged_digits_are_drawn_again(tmp_path, monkeypatch):
         np.testing.assert_array_equal(again.train_images, want.train_images)
 
 
-def test_of_two_that_want_digits_one_draws_them(tmp_path, monkeypatch):
-    drawings, draw = [], drawn.draw_digits
-    monkeypatch.setattr(drawn, "draw_digits", lambda *a: drawings.append(0) or draw(*a))
+def test_of_two_that_want_digits_one_draws_them(tmp_path, drawings, monkeypatch):
     both_at_once(monkeypatch, drawn, "kept_digits", functools.partial(drawn.digits, tmp_path, train=20, test=5))
     assert drawings == [0]
 
@@ -506,17 +458,20 @@ def marked(count):
     return Dataset("marked", 250, train, Arrays(images[:50], np.arange(min(count, 50)), scale, shift))
 
 
+def kept(batches):
+    """Batches as pairs of NumPy arrays of their own."""
+    return [(nn.to_host(x).copy(), nn.to_host(y).copy()) for x, y in batches]
+
+
 def collect(batches):
     """All batches as two NumPy arrays."""
-    parts = [(nn.to_host(x).copy(), nn.to_host(y).copy()) for x, y in batches]
-    return [np.concatenate(group) for group in zip(*parts)]
+    return [np.concatenate(group) for group in zip(*kept(batches))]
 
 
 def test_unknown_names():
-    with pytest.raises(DataError, match="no data set is called 'imagenot'; there are mnist, cifar10, .*photographs"):
+    names = "mnist, cifar10, cifar100, svhn, synthetic, imagenet, imagenet-256, photographs"
+    with pytest.raises(files.FileFault, match=f"^no data set is called 'imagenot'; there are {names}$"):
         datasets.load("imagenot", "data")
-    assert issubclass(DataError, files.FileFault) and datasets.NAMES[:5] == ("mnist", "cifar10", "cifar100", "svhn",
-                                                                           "synthetic")
 
 
 def test_parts():
@@ -537,18 +492,16 @@ def test_parts():
 
 
 def test_standardized_by_pixel():
-    images = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4)).astype(np.uint8)
+    images, labels = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4)).astype(np.uint8), np.zeros(50, np.int64)
     images[:, 0, 1, 2] = 200  # a constant pixel
-    labels = np.zeros(50, np.int64)
     found = Dataset("random", 10, Arrays(images[:41], labels[:41]), Arrays(images[41:], labels[41:]))
+    mean, std = images[:41].mean(axis=0), images[:41].std(axis=0)
+    want = np.divide(images - mean, std, out=np.zeros(images.shape), where=std > 0)
     found = found.standardized_by_pixel()
-    x, _ = next(found.train_batches(50, 0, 0))
-    want = np.ones((1, 4, 4))
-    want[0, 1, 2] = 0
-    np.testing.assert_allclose(x.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(x.std(0), want, atol=1e-5)
+    np.testing.assert_allclose(collect(found.test_batches(4))[0], want[41:], atol=1e-5)
+    x, _ = collect(found.train_batches(50, 0, 0))
+    np.testing.assert_allclose(x, want[:41][nn.generator(0, "batches", 0).permutation(41)], atol=1e-5)
     np.testing.assert_array_equal(x[:, 0, 1, 2], 0)
-    np.testing.assert_allclose(collect(found.test_batches(4))[0], images[41:] * found.scale + found.shift, atol=1e-6)
 
 
 def test_orders_are_those_of_recorded_runs():
@@ -565,16 +518,16 @@ def test_orders_are_those_of_recorded_runs():
 def test_batches_depend_on_seed_and_epoch_and_may_start_anywhere(backend):
     for found in (marked(70), marked(70).augmented(padding=1)):
         whole = collect(found.train_batches(16, 3, 5))
-        assert sorted(whole[1]) == list(range(70))
         assert (whole[0][:, 1] == (whole[1] + 1)[:, None, None] * 0.5 - 2).mean() > 0.5  # each with its own label
         for start in (0, 1, 4):
             for one, two in zip(collect(found.train_batches(16, 3, 5, start)), whole):
                 np.testing.assert_array_equal(one, two[16 * start :])
         assert list(found.train_batches(16, 3, 5, start=5)) == []
-        for seed, epoch in ((3, 6), (4, 5)):
+        for seed, epoch in ((3, 5), (3, 6), (4, 5)):
             x, labels = collect(found.train_batches(16, seed, epoch))
-            assert (labels != whole[1]).any() and sorted(labels) == list(range(70))
-            assert found.train.padding == 0 or (x[:, 0] != whole[0][:, 0]).any()  # channel 0 is that of every image
+            same = (seed, epoch) == (3, 5)
+            assert (labels == whole[1]).all() == same and sorted(labels) == list(range(70))
+            assert found.train.padding == 0 or (x[:, 0] == whole[0][:, 0]).all() == same  # pixels of every image
     assert [len(labels) for _, labels in found.test_batches(20)] == [20, 20, 10]
 
 
@@ -582,9 +535,7 @@ def test_batches_depend_on_seed_and_epoch_and_may_start_anywhere(backend):
 def test_ranks_together_see_the_batches_of_one(backend, ranks):
     found = marked(26).augmented(padding=1)
     for make in (functools.partial(found.train_batches, 6, 0, 1, 1), functools.partial(found.test_batches, 6)):
-        whole = [(nn.to_host(x).copy(), nn.to_host(y).copy()) for x, y in make()]
-        shares = [[(nn.to_host(x).copy(), nn.to_host(y).copy()) for x, y in make(part=(rank, ranks))]
-                  for rank in range(ranks)]
+        whole, *shares = kept(make()), *(kept(make(part=(rank, ranks))) for rank in range(ranks))
         for (x, labels), *parts in zip(whole, *shares, strict=True):
             assert [len(y) for _, y in parts] == [len(y) for y in np.split(labels, [len(labels) * r // ranks
                                                                                    for r in range(1, ranks)])]
@@ -592,25 +543,14 @@ def test_ranks_together_see_the_batches_of_one(backend, ranks):
             np.testing.assert_array_equal(labels, np.concatenate([p[1] for p in parts]))
 
 
-def slow_crop(image, padding, top, left, mirrored):
-    """One image (H, W), a pixel at a time."""
-    H, W = image.shape
-    out = np.zeros_like(image)
-    for i, j in np.ndindex(H, W):
-        row, column = i + top - padding, (W - 1 - j if mirrored else j) + left - padding
-        if 0 <= row < H and 0 <= column < W:
-            out[i, j] = image[row, column]
-    return out
-
-
 def test_augmented_batches_draw_every_crop_and_flip_equally_often(backend):
     x, labels = collect(marked(3600).augmented(padding=1).train_batches(128, seed=0, epoch=0))
     pixels = ((x - [[[-1]], [[-2]]]) / 0.5).astype(np.uint8)  # padding is black before normalisation: pixel 0
     own = (labels + 1)[:, None, None]
     assert ((pixels[:, 1] == own) | (pixels[:, 1] == 0)).all()  # the label is that of the image
-    position = np.arange(1, 13, dtype=np.uint8).reshape(3, 4)
-    views = {slow_crop(position, 1, top, left, mirrored).tobytes(): (top, left, mirrored)
-             for top in range(3) for left in range(3) for mirrored in range(2)}
+    framed = np.pad(np.arange(1, 13, dtype=np.uint8).reshape(3, 4), 1)
+    views = {framed[top : top + 3, left : left + 4][:, ::step].tobytes(): (top, left, step)
+             for top in range(3) for left in range(3) for step in (1, -1)}
     counts = dict.fromkeys(views.values(), 0)
     for image in pixels:
         counts[views[image[0].tobytes()]] += 1
@@ -647,99 +587,79 @@ def test_prefetching_begins_so_many_and_no_more():
     assert list(dataset.prefetched(iter(()), None, None, 2)) == []
 
 
-class Wrapped:
-    """The engine's Batches with another `get` or `prefetch`."""
+@pytest.fixture
+def changed(monkeypatch):
+    """A function that gives the engine's Batches another `get`, made from theirs, or another `prefetch`."""
+    make = nn.engine.Batches
 
-    def __init__(self, batches, prefetch=True, get=None):
-        self.begin, self.get, self.prefetch = batches.begin, get or batches.get, prefetch
+    class Wrapped:
+        def __init__(self, batches, get, prefetch):
+            self.begin, self.get, self.prefetch = batches.begin, functools.partial(get, batches.get), prefetch
+
+    return lambda get=lambda original, part: original(part), prefetch=True: monkeypatch.setattr(
+        nn.engine, "Batches", lambda *a: Wrapped(make(*a), get, prefetch))
 
 
-def test_prefetched_batches_are_those_that_are_not(monkeypatch):
+def test_prefetched_batches_are_those_that_are_not(changed):
     """And each stays as it is while the next is prepared."""
-    make, gate = nn.engine.Batches, threading.Semaphore(0)
-
-    def noting(*arguments):
-        batches = make(*arguments)
-
-        def get(part):
-            found = batches.get(part)
-            gate.release()
-            return found
-
-        return Wrapped(batches, get=get)
-
-    monkeypatch.setattr(nn.engine, "Batches", noting)
-    prefetched = []
+    gate, prefetched = threading.Semaphore(0), []
+    changed(get=lambda original, part: (original(part), gate.release())[0])
     for i, (x, labels) in enumerate(marked(160).augmented(padding=1).train_batches(8, 0, 0)):
         first = x.copy()
-        if i == 0 or i < 19:
+        if i < 19:
             assert gate.acquire(timeout=10) and (i or gate.acquire(timeout=10))  # the next one is there
         np.testing.assert_array_equal(x, first)
         prefetched.append((first, labels))
-    monkeypatch.setattr(nn.engine, "Batches", lambda *a: Wrapped(make(*a), prefetch=False))
-    plain = marked(160).augmented(padding=1).train_batches(8, 0, 0)
-    for (x, labels), (want_x, want_labels) in zip(plain, prefetched, strict=True):
-        np.testing.assert_array_equal(x, want_x)
-        np.testing.assert_array_equal(labels, want_labels)
+    changed(prefetch=False)
+    for pair, want in zip(marked(160).augmented(padding=1).train_batches(8, 0, 0), prefetched, strict=True):
+        assert all(map(np.array_equal, pair, want))
 
 
-def test_two_loops_at_once_do_not_disturb_each_other(backend):
-    found = marked(60).augmented(padding=1)
-    want = [collect(found.train_batches(8, 0, epoch)) for epoch in range(2)]
-    loops = zip(found.train_batches(8, 0, 0), found.train_batches(8, 0, 1))
-    pairs = [[(nn.to_host(x).copy(), nn.to_host(y).copy()) for x, y in pair] for pair in loops]
-    for have, (x, labels) in zip(zip(*pairs), want):
-        np.testing.assert_array_equal(np.concatenate([a for a, _ in have]), x)
-        np.testing.assert_array_equal(np.concatenate([b for _, b in have]), labels)
-
-
-def test_epochs_use_the_engines_batches_again(backend, monkeypatch):
-    """On a GPU they hold the data set, and captured steps read their addresses."""
+def test_two_loops_at_once_share_nothing_and_later_ones_use_their_memory_again(backend, monkeypatch):
+    """On a GPU the engine's Batches hold the data set, and captured steps read their addresses."""
     made, original = [], nn.engine.Batches
     monkeypatch.setattr(nn.engine, "Batches", lambda *a: made.append(original(*a)) or made[-1])
     found = marked(60).augmented(padding=1)
-    for epoch in range(3):
-        collect(found.train_batches(8, 0, epoch))
-        collect(found.test_batches(8))
-        next(found.train_batches(8, 0, epoch))  # and is forgotten
+    want = [collect(found.train_batches(8, 0, epoch)) for epoch in range(2)]
+    collect(found.test_batches(8))
+    next(found.train_batches(8, 0, 0))  # and is forgotten
     assert len(made) == 2
+    pairs = [kept(pair) for pair in zip(found.train_batches(8, 0, 0), found.train_batches(8, 0, 1))]
+    for have, (x, labels) in zip(zip(*pairs), want):
+        np.testing.assert_array_equal(np.concatenate([a for a, _ in have]), x)
+        np.testing.assert_array_equal(np.concatenate([b for _, b in have]), labels)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("raised", [ValueError("bad batch"), SystemExit(3), KeyboardInterrupt()])
-def test_what_the_thread_raises_reaches_the_loop_in_its_place(monkeypatch, raised):
-    make = nn.engine.Batches
+def test_what_the_thread_raises_reaches_the_loop_in_its_place(changed, raised):
+    def failing(original, part):
+        if part.start == 16:
+            raise raised
+        return original(part)
 
-    def failing(*arguments):
-        batches = make(*arguments)
-
-        def get(part):
-            if part.start == 16:
-                raise raised
-            return batches.get(part)
-
-        return Wrapped(batches, get=get)
-
-    found, got = marked(60).augmented(), []
-    monkeypatch.setattr(nn.engine, "Batches", failing)
+    changed(get=failing)
+    got = []
     with pytest.raises(type(raised)) as error:
-        for _, labels in found.train_batches(8, 0, 0):
+        for _, labels in marked(60).augmented().train_batches(8, 0, 0):
             got.append(labels)
     assert len(got) == 2 and error.value is raised
 
 
-@pytest.mark.parametrize("end", ["exhausted", "left", "failed", "closed", "forgotten", "never begun"])
+@pytest.mark.parametrize("end", ["exhausted", "left", "failed", "closed", "forgotten", "never begun", "not augmented"])
 def test_the_thread_ends_with_the_loop(end):
-    batches = marked(80).augmented().train_batches(8, 0, 0)
+    found = marked(80) if end == "not augmented" else marked(80).augmented()
+    batches = found.train_batches(8, 0, 0)
     if end in ("left", "failed"):
         with contextlib.suppress(ZeroDivisionError):
-            for _ in marked(80).augmented().train_batches(8, 0, 0):
+            for _ in found.train_batches(8, 0, 0):
                 assert len(prefetching()) == 1
                 if end == "left":
                     break
                 1 / 0
     elif end != "never begun":
         next(batches)
-        assert len(prefetching()) == 1
+        assert len(prefetching()) == (end != "not augmented")
     if end == "exhausted":
         assert len(list(batches)) == 9
     elif end == "closed":
@@ -755,9 +675,3 @@ def test_a_loop_left_open_lets_the_interpreter_exit():
               "for _ in batches: raise SystemExit(5)")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, capture_output=True, text=True)
     assert done.returncode == 5 and not done.stderr
-
-
-def test_no_thread_without_augmentation():
-    batches = marked(80).train_batches(8, 0, 0)
-    next(batches)
-    assert not prefetching()

@@ -1,17 +1,15 @@
-"""datasets.photographs, datasets.trees: the index and its cache, labels, crops beside references, order under threads
+"""datasets.photographs, datasets.trees: the index, labels, crops beside references, order under threads
 and ranks, bad files, the resized copy, drawn photographs.
 """
 
 import contextlib
 import functools
-import gc
 import io
 import itertools
 import os
 import re
 import struct
 import threading
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +17,8 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.stats
-from PIL import Image, ImageFile
-from test_datasets import md5, tar_gz
+from PIL import Image
+from test_datasets import collect, kept, md5, tar_gz
 
 import datasets
 import nn
@@ -76,20 +74,14 @@ def opened(tree, size=16, **options):
     return photographs.of_tree("photographs", tree, size=size, threads=options.pop("threads", 2), **options)
 
 
-def collected(batches):
-    """All x and all labels of batches, whose memory is used again."""
-    pairs = [(np.array(x), np.array(labels)) for x, labels in batches]
-    return [np.concatenate(part) for part in zip(*pairs)]
-
-
 def as_bytes(x):
     """(N, 3, H, W) as a network sees it -> (N, H, W, 3) from 0 to 255"""
     return (x.transpose(0, 2, 3, 1) * STD + MEAN) * 255
 
 
 def live_threads():
-    names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith(("photographs", "ThreadPoolExecutor"))]
+    return [thread.name for thread in threading.enumerate()
+            if thread.name.startswith(("photographs", "ThreadPoolExecutor"))]
 
 
 # ---------------------------------------------------------------------------------------------- index
@@ -101,10 +93,11 @@ def test_classes_are_folders_in_the_order_of_their_names(tmp_path):
     for name in ("a", "b", "é"):
         write(tmp_path / "val" / name / "v.PNG", content(1))
     write(tmp_path / "train" / "stray.JPEG", content(0))
-    classes, halves, flat = trees.index(tmp_path)
-    assert classes == ["a", "b", "é"] and not flat
+    classes, halves = trees.index(tmp_path)
+    assert classes == ["a", "b", "é"]
     names, labels = halves["train"]
-    assert [os.fsdecode(name) for name in names] == ["x.Png", "0.jpg", "1.JPEG", "ü.jpeg"]
+    assert [os.fsdecode(name) for name in names] == ["a/x.Png", "b/0.jpg", "b/1.JPEG", "é/ü.jpeg"]
+    assert names.dtype.kind == "S"  # no object for each file
     assert labels.tolist() == [0, 1, 1, 2] and labels.dtype == np.int64
     dataset = opened(tmp_path)
     assert dataset.classes == 3 and dataset.name == "photographs"
@@ -185,170 +178,59 @@ def write_solution(folder, rows=ROWS, head="ImageId,PredictionString"):
 def test_flat_val_with_the_devkit(tmp_path, published):
     published(flat_tree(tmp_path), devkit())
     found = opened(tmp_path)
-    assert found.test_labels.tolist() == FLAT_LABELS
     assert [found.test.files.path(i).exists() for i in range(5)] == 5 * [True]
-    assert collected(found.test_batches(3))[1].tolist() == FLAT_LABELS
+    assert collect(found.test_batches(3))[1].tolist() == found.test_labels.tolist() == FLAT_LABELS
 
 
 def test_flat_val_with_kaggles_table(tmp_path):
     write_solution(flat_tree(tmp_path))
     assert opened(tmp_path).test_labels.tolist() == FLAT_LABELS
-    write_solution(tmp_path, rows=[(i + 1, "n1") for i in range(5)])  # noticed, though there is a cache
-    assert opened(tmp_path).test_labels.tolist() == 5 * [1]
+    write(tmp_path / "train" / "n1" / "another.jpg", content(0))
+    write_solution(tmp_path, rows=[(i + 1, "n1") for i in range(5)])
+    again = opened(tmp_path)  # nothing is remembered
+    assert again.test_labels.tolist() == 5 * [1] and len(again.train_labels) == 13
+
+
+def refused(match, **changes):
+    """A row for a development kit, whole but for these changes."""
+    return lambda f, published: published(f, devkit(**changes)), match
 
 
 @pytest.mark.parametrize("fault, message", [
-    (lambda f: None, f"should be in {trees.DEVKIT}, as image-net.org has it, or in Kaggle's {trees.SOLUTION} in "),
-    (lambda f: write_solution(f, rows=[(1, "n0"), (2, "n0"), (3, "n0"), (5, "n0"), (6, "n0")]),
-     f"{trees.SOLUTION} has no row for {{val}}/ILSVRC2012_val_00000004.JPEG (1 such images)"),
-    (lambda f: write_solution(f, rows=[(i, "n0") for i in range(1, 8)]), "labels for 7 images, but {val} holds 5"),
-    (lambda f: write_solution(f, rows=[(i, "n5") for i in range(1, 6)]), "names the class n5, which is no folder of"),
-    (lambda f: write_solution(f, head="Id,Label"), "is not a whole file of labels: 'ImageId'"),
-    (lambda f: write_solution(f, rows=[*ROWS, ROWS[1]]),
+    (lambda f, _: None, f"in {trees.DEVKIT}, packed as image-net.org has it, or in Kaggle's {trees.SOLUTION} in "),
+    (lambda f, _: write_solution(f, rows=[(1, "n0"), (2, "n0"), (3, "n0"), (5, "n0"), (6, "n0")]),
+     f"{trees.SOLUTION} has no label for {{val}}/ILSVRC2012_val_00000004.JPEG"),
+    (lambda f, _: write_solution(f, rows=[(i, "n0") for i in range(1, 8)]), "labels for 7 images, but {val} holds 5"),
+    (lambda f, _: write_solution(f, rows=[(i, "n5") for i in range(1, 6)]), "names the class n5, which is no folder"),
+    (lambda f, _: write_solution(f, head="Id,Label"), "is not a whole file of labels: 'ImageId'"),
+    (lambda f, _: write_solution(f, rows=[*ROWS, ROWS[1]]),
      f"{trees.SOLUTION}, line 7: there is a second row for 'ILSVRC2012_val_00000001'"),
-    (lambda f: (f / trees.SOLUTION).write_text("ImageId,PredictionString\na,n0\n\"b\nc\"\n"),
+    (lambda f, _: (f / trees.SOLUTION).write_text("ImageId,PredictionString\na,n0\n\"b\nc\"\n"),
      f"{trees.SOLUTION}, line 4: there is no class for 'b\\nc'"),
-    (lambda f: (f / trees.SOLUTION).write_text("ImageId,PredictionString\na, \n"), "line 2: there is no class for"),
-    (lambda f: (write_solution(f), os.truncate(f / trees.SOLUTION, 2**40)), "more than 33,554,432 bytes, too many"),
-    (lambda f: write(f / trees.DEVKIT, devkit()), f"{trees.DEVKIT} is not what was published: its MD5 is "),
+    (lambda f, _: (f / trees.SOLUTION).write_text("ImageId,PredictionString\na, \n"), "line 2: there is no class for"),
+    (lambda f, _: (write_solution(f), os.truncate(f / trees.SOLUTION, 2**40)), "more than 33,554,432 bytes, too many"),
+    (lambda f, _: write(f / trees.DEVKIT, devkit()), f"{trees.DEVKIT} is not what was published: its MD5 is "),
+    refused("labels for 4 images, but {val} holds 5", truth=(7, 1, 1, 7)),
+    refused("names the class n9, which is no folder of", wnids=("n0", "n2", "n9", "n8", "n2")),
+    refused("is not a whole file of labels: 1003", truth=(7, 1, 1000, 1, 1003)),
 ])
-def test_labels_that_do_not_fit_are_refused_in_a_sentence(tmp_path, fault, message):
-    fault(flat_tree(tmp_path))
+def test_labels_that_do_not_fit_are_refused_in_a_sentence(tmp_path, published, fault, message):
+    fault(flat_tree(tmp_path), published)
     with pytest.raises(DataError, match=re.escape(message.format(val=tmp_path / "val"))) as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(truth=(7, 1, 1, 7)), "labels for 4 images, but {val} holds 5"),
-    (dict(wnids=("n0", "n2", "n9", "n8", "n2")), "names the class n9, which is no folder of"),
-    (dict(truth=(7, 1, 1000, 1, 1003)), "is not a whole file of labels: 1003"),
-])
-def test_devkits_of_other_photographs_are_refused_in_a_sentence(tmp_path, published, changes, message):
-    published(flat_tree(tmp_path), devkit(**changes))
-    with pytest.raises(DataError, match=message.format(val=tmp_path / "val")):
-        opened(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------- the cached index
-
-
-@pytest.fixture
-def scans(monkeypatch):
-    """The folders that are read for an index, in order."""
-    seen, scan = [], trees.scan
-    monkeypatch.setattr(trees, "scan", lambda folder, *rest: seen.append(folder.name) or scan(folder, *rest))
-    return seen
-
-
-def touch(path):
-    """A folder's time goes on by more than the file system's clock may resolve."""
-    time = path.stat().st_mtime_ns + 10**9
-    os.utime(path, ns=(time, time))
-
-
-def test_index_is_read_once(tree, scans):
-    first, second = trees.index(tree), trees.index(str(tree))
-    assert scans == ["train", "val"] and first[0] == second[0] and first[2] == second[2]
-    for half in ("train", "val"):
-        for a, b in zip(first[1][half], second[1][half]):
-            np.testing.assert_array_equal(a, b)
-            assert a.dtype == b.dtype and a.dtype.kind in "Si"  # no object for each file
-    assert len(files.load_arrays((tree / trees.CACHE).read_bytes())) == 5
-    assert sorted(path.name for path in tree.iterdir()) == [trees.CACHE, "train", "val"]
-
-
-@pytest.mark.parametrize("place", ["train/n1", "val/n2", "train", "val"])
-def test_index_follows_a_change_of_the_tree(tree, scans, place):
-    trees.index(tree)
-    touch(tree / place)
-    if place.count("/"):
-        write(tree / place / "zz.jpg", content(0))
-    touch(tree / place)
-    _, halves, _ = trees.index(tree)
-    assert scans == 2 * ["train", "val"]
-    assert len(halves[place.split("/")[0]][0]) == {"train": 12, "val": 5}[place.split("/")[0]] + place.count("/")
-
-
-def damaged(change):
-    def damage(path):
-        arrays = files.load_arrays(path.read_bytes())
-        change(arrays)
-        path.write_bytes(files.save_arrays(arrays))
-    return damage
-
-
-def renamed(name):
-    def change(arrays):
-        names = arrays["train_names"].astype("S40")
-        names[1] = name
-        arrays["train_names"] = names
-    return change
-
-
-DAMAGES = {
-    "empty": lambda path: path.write_bytes(b""),
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "bit": lambda path: path.write_bytes(path.read_bytes().replace(b"train_00", b"train_0X")),
-    "absent array": damaged(lambda a: a.pop("val_labels")),
-    "signature": damaged(lambda a: a.update(signature="0")),
-    "separator": damaged(renamed(b"a/../../../x.jpg")),
-    "leads out": damaged(renamed(b"../x.jpg")),
-    "backslash": damaged(renamed(b"a\\..\\x.jpg")),
-    "dots": damaged(renamed(b"..")),
-    "no name": damaged(renamed(b"")),
-    "label too large": damaged(lambda a: a["train_labels"].__setitem__(0, 3)),
-    "label negative": damaged(lambda a: a["val_labels"].__setitem__(0, -1)),
-    "labels too few": damaged(lambda a: a.update(train_labels=a["train_labels"][:-1])),
-    "nothing": damaged(lambda a: a.update(val_names=a["val_names"][:0], val_labels=a["val_labels"][:0])),
-    "objects": damaged(lambda a: a.update(train_names=a["train_names"].astype(object))),
-    "not sealed": lambda path: np.savez(path, **files.load_arrays(path.read_bytes())),
-    "too large": lambda path: os.truncate(path, 2**40),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_cache_is_not_trusted(tree, scans, damage):
-    want = trees.index(tree)[1]["train"]
-    DAMAGES[damage](tree / trees.CACHE)
-    have = trees.index(tree)[1]["train"]
-    assert len(scans) == 4
-    np.testing.assert_array_equal(want[0], have[0])
-    np.testing.assert_array_equal(want[1], have[1])
-    trees.index(tree)
-    assert len(scans) == 4  # it was written anew
-
-
-def test_folder_that_cannot_be_written_to(tree, monkeypatch):
-    def refused(path, content):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(trees, "write_whole", refused)
-    assert len(opened(tree).train_labels) == 12 and not (tree / trees.CACHE).exists()
-
-
 # ---------------------------------------------------------------------------------------------- crops
 
 
-def weights(source, target):
-    """(target, source): bilinear resampling with antialias, one row a pixel of the result."""
-    scale = source / target
-    centre = (np.arange(target)[:, None] + 0.5) * scale
-    distance = np.abs(np.arange(source) + 0.5 - centre) / max(scale, 1)
-    matrix = np.maximum(0, 1 - distance)
-    return matrix / matrix.sum(1, keepdims=True)
-
-
 def reference(image, size):
-    """Smallest side to size * 256 / 224, then the centre, in float64; (size, size, 3) from 0 to 255."""
-    pixels = np.asarray(image.convert("RGB"), np.float64)
-    height, width = pixels.shape[:2]
-    side = round(size * 256 / 224)
-    h, w = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
-    pixels = (weights(height, h) @ pixels.reshape(height, -1)).reshape(h, width, 3)  # (H, W 3) -> (h, W, 3)
-    pixels = weights(width, w) @ pixels  # (w, W) @ (h, W, 3) -> (h, w, 3)
-    top, left = int(round((h - size) / 2.0)), int(round((w - size) / 2.0))
-    return pixels[top : top + size, left : left + size]
+    """Smallest side to size * 256 / 224, then the centre; (size, size, 3) from 0 to 255."""
+    (width, height), side = image.size, round(size * 256 / 224)
+    w, h = (int(side * width / height), side) if height <= width else (side, int(side * height / width))
+    left, top = int(round((w - size) / 2.0)), int(round((h - size) / 2.0))
+    small = image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR)
+    return np.asarray(small.crop((left, top, left + size, top + size)), np.float64)
 
 
 SIDES = [(500, 375), (333, 500), (256, 256), (301, 227), (90, 70), (1101, 1403), (64, 700)]
@@ -383,26 +265,20 @@ def test_batches_need_no_copy_to_be_convolved(tree):
     assert np.shares_memory(framed, x) and not framed[:3].any() and not framed[:, :, -3:].any()
 
 
-def torchvisions_boxes(rng, width, height, count):
-    """RandomResizedCrop.get_params, in NumPy: (count, 4) of left, top, width, height"""
-    boxes = []
-    for _ in range(count):
-        for _ in range(10):
-            area = width * height * rng.uniform(0.2, 1)
-            aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-            w, h = int(round(np.sqrt(area * aspect))), int(round(np.sqrt(area / aspect)))
-            if 0 < w <= width and 0 < h <= height:
-                boxes.append((rng.integers(0, width - w + 1), rng.integers(0, height - h + 1), w, h))
-                break
-        else:
-            if width / height < 3 / 4:
-                w, h = width, int(round(width / (3 / 4)))
-            elif width / height > 4 / 3:
-                w, h = int(round(height * 4 / 3)), height
-            else:
-                w, h = width, height
-            boxes.append(((width - w) // 2, (height - h) // 2, w, h))
-    return np.array(boxes)
+def torchvisions_box(rng, width, height):
+    """RandomResizedCrop.get_params, in NumPy: left, top, width, height"""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.2, 1)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = int(round(np.sqrt(area * aspect))), int(round(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integers(0, width - w + 1), rng.integers(0, height - h + 1), w, h
+    w, h = width, height
+    if width / height < 3 / 4:
+        h = int(round(width / (3 / 4)))
+    elif width / height > 4 / 3:
+        w = int(round(height * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 @pytest.mark.parametrize("width, height", [(500, 375), (300, 300), (200, 640), (900, 100), (3, 2)])
@@ -411,14 +287,9 @@ def test_random_boxes_are_those_of_torchvision(width, height):
     boxes = np.array([photographs.random_box(rng.random(23).tolist(), width, height) for _ in range(count)])
     left, top, right, bottom = boxes.T
     w, h = right - left, bottom - top
-    assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
-    assert (w > 0).all() and (h > 0).all()
-    if min(width, height) >= 200:
-        assert (w * h >= 0.198 * width * height).all() and (w / h > 0.74).all() and (w / h < 1.35).all()
-        if max(width, height) < 640:
-            assert (w * h).min() < 0.23 * width * height and (w * h).max() > 0.85 * width * height
-    want = torchvisions_boxes(rng, width, height, count)
+    assert boxes.min() >= 0 and right.max() <= width and bottom.max() <= height and min(w.min(), h.min()) > 0
     have = np.stack([left, top, w, h], 1)
+    want = np.array([torchvisions_box(rng, width, height) for _ in range(count)])
     for statistic in (lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3],
                       lambda b: b[:, 0] + b[:, 2] / 2, lambda b: b[:, 1] + b[:, 3] / 2):
         assert scipy.stats.ks_2samp(statistic(have), statistic(want)).pvalue > 1e-3
@@ -430,7 +301,7 @@ def test_training_images_are_flipped_crops(tree):
     """Each is the part of its photograph that random_box says, mirrored half of the time."""
     dataset, flips = opened(tree, size=20), []
     for epoch in range(4):
-        x, labels = collected(dataset.train_batches(5, seed=3, epoch=epoch))
+        x, labels = collect(dataset.train_batches(5, seed=3, epoch=epoch))
         order = nn.generator(3, "batches", epoch).permutation(12)
         assert labels.tolist() == dataset.train_labels[order].tolist()
         for image, i in zip(as_bytes(x), order):
@@ -449,25 +320,22 @@ def test_training_images_are_flipped_crops(tree):
 
 def test_batches_depend_on_seed_and_epoch_alone(tree):
     dataset = opened(tree)
-    first, *others = (collected(dataset.train_batches(12, *key))[0] for key in ((0, 0), (0, 1), (1, 0)))
+    first, *others = (collect(dataset.train_batches(12, *key))[0] for key in ((0, 0), (0, 1), (1, 0)))
     for other in others:
         assert np.abs(np.sort(first.ravel()) - np.sort(other.ravel())).max() > 0.01  # not only in another order
     for threads in (1, 4):
-        np.testing.assert_array_equal(collected(opened(tree, threads=threads).train_batches(12, 0, 0))[0], first)
+        np.testing.assert_array_equal(collect(opened(tree, threads=threads).train_batches(12, 0, 0))[0], first)
     for start in range(3):
-        np.testing.assert_array_equal(collected(dataset.train_batches(5, 0, 0, start))[0], first[5 * start :])
+        np.testing.assert_array_equal(collect(dataset.train_batches(5, 0, 0, start))[0], first[5 * start :])
     assert list(dataset.train_batches(5, 0, 0, start=3)) == []
 
 
-@pytest.mark.parametrize("ranks", [3, 7])
-def test_ranks_together_see_the_batches_of_one(tree, ranks):
-    dataset = opened(tree)
-    for make in (functools.partial(dataset.train_batches, 5, 0, 1), functools.partial(dataset.test_batches, 4)):
-        whole = [(np.array(x), labels) for x, labels in make()]
-        shares = [[(np.array(x), labels) for x, labels in make(part=(rank, ranks))] for rank in range(ranks)]
-        for (x, labels), *parts in zip(whole, *shares, strict=True):
-            np.testing.assert_array_equal(x, np.concatenate([p[0] for p in parts]))
-            np.testing.assert_array_equal(labels, np.concatenate([p[1] for p in parts]))
+def test_ranks_together_see_the_batches_of_one(tree):
+    dataset, make = opened(tree), lambda part: dataset.train_batches(5, 0, 1, part=part)
+    whole, *shares = kept(make((0, 1))), *(kept(make((rank, 7))) for rank in range(7))
+    for (x, labels), *parts in zip(whole, *shares, strict=True):
+        np.testing.assert_array_equal(x, np.concatenate([p[0] for p in parts]))
+        np.testing.assert_array_equal(labels, np.concatenate([p[1] for p in parts]))
 
 
 def test_parts_take_the_classes_in_turn(tmp_path):
@@ -480,9 +348,9 @@ def test_parts_take_the_classes_in_turn(tmp_path):
     assert held.test.index.tolist() == [4, 5, 7, 30, 35, 55]
     assert np.bincount(held.test_labels).tolist() == [3, 2, 1] and len(held.train_labels) == 54
     assert sorted([*held.train.index, *held.test.index]) == list(range(60))
-    assert collected(held.test_batches(4))[1].tolist() == held.test_labels.tolist()
+    assert collect(held.test_batches(4))[1].tolist() == held.test_labels.tolist()
     part = dataset.part(held_out=6, limit=5)
-    x, labels = collected(part.train_batches(2, 0, 0))
+    x, labels = collect(part.train_batches(2, 0, 0))
     assert len(x) == 5 and sorted(labels) == sorted(part.train_labels)
     assert part.test.index.tolist() == held.test.index.tolist()
     with pytest.raises(DataError, match="photographs has 60 training images, so a limit of 61 cannot be met"):
@@ -491,70 +359,21 @@ def test_parts_take_the_classes_in_turn(tmp_path):
         dataset.part(held_out=60)
 
 
-def test_only_so_many_batches_are_decoded_ahead(tmp_path, monkeypatch):
-    """Reading is noted with the number of batches handed out until then."""
-    dataset = opened(make_tree(tmp_path, train=(30, 30, 30)), size=8)
-    asked, read = 0, []
-    original = photographs.Files.read
-
-    def noting(*arguments, **options):
-        read.append((asked, len(read)))
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(photographs.Files, "read", noting)
-    batches = dataset.train_batches(4, 0, 0)
-    for asked in range(1, 8):
-        next(batches)
-    batches.close()
-    monkeypatch.undo()
-    assert all(number < 4 * (asked + photographs.PREFETCH) for asked, number in read) and photographs.PREFETCH == 2
-
-
 @pytest.mark.parametrize("end", ["exhausted", "closed", "forgotten", "never begun", "failed"])
 def test_no_thread_is_left(tree, monkeypatch, end):
-    dataset = opened(tree, threads=3)
-    batches = dataset.train_batches(2, 0, 0)
+    batches = opened(tree, threads=3).train_batches(2, 0, 0)
     if end == "failed":
         monkeypatch.setattr(photographs.Files, "read", lambda *a, **k: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+    if end != "never begun":
+        with pytest.raises(ZeroDivisionError) if end == "failed" else contextlib.nullcontext():
             next(batches)
-    elif end != "never begun":
-        next(batches)
-        assert live_threads()
-        if end == "exhausted":
-            list(batches)
-        elif end == "closed":
-            batches.close()
-    if end in ("forgotten", "never begun"):
-        del batches
-        gc.collect()
+            assert live_threads()
+    if end == "exhausted":
+        list(batches)
+    elif end == "closed":
+        batches.close()
+    del batches
     assert not live_threads()
-
-
-def test_decoding_ends_soon_after_closing(tmp_path, monkeypatch):
-    """What waits is cancelled: only what is being decoded is finished."""
-    dataset = opened(make_tree(tmp_path, train=(30, 30, 30)), threads=1)
-    gate, begun, original = threading.Event(), [], photographs.Files.read
-
-    def gated(self, i, *arguments, **options):
-        begun.append(i)
-        if len(begun) > 10:  # the second batch
-            gate.wait(30)
-        return original(self, i, *arguments, **options)
-
-    monkeypatch.setattr(photographs.Files, "read", gated)
-    batches = dataset.train_batches(10, 0, 0)
-    next(batches)
-    original_shutdown = photographs.ThreadPoolExecutor.shutdown
-
-    def shutdown(self, wait=True, cancel_futures=False):
-        original_shutdown(self, wait=False, cancel_futures=cancel_futures)
-        gate.set()
-        original_shutdown(self, wait=wait)
-
-    monkeypatch.setattr(photographs.ThreadPoolExecutor, "shutdown", shutdown)
-    batches.close()
-    assert len(begun) <= 11 and not live_threads()
 
 
 # ---------------------------------------------------------------------------------------------- odd files
@@ -562,15 +381,11 @@ def test_decoding_ends_soon_after_closing(tmp_path, monkeypatch):
 COLOUR = (200, 90, 40)
 
 
-def png16(channels):
-    """A PNG of 16 bits a channel, 20 x 30, of COLOUR or its first."""
-    row = b"\0" + b"".join(struct.pack(">H", c * 257) for c in COLOUR[:channels]) * 20
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", 20, 30, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(row * 30)) + chunk(b"IEND", b"")
+def png16():
+    """A grey PNG of 16 bits."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((30, 20), 200 * 257, np.uint16)).save(file, "PNG")
+    return file.getvalue()
 
 
 def saved(mode, kind="PNG", **options):
@@ -593,8 +408,7 @@ ODD = {
     "transparent palette": (saved("P", transparency=bytes(range(256))), COLOUR),
     "RGBA": (saved("RGBA"), COLOUR),
     "one bit": (saved("1"), None),
-    "16 bits grey": (png16(1), (200, 200, 200)),
-    "16 bits": (png16(3), COLOUR),
+    "16 bits": (png16(), (200, 200, 200)),
     "progressive": (saved("RGB", "JPEG", progressive=True, quality=95), COLOUR),
     "broken EXIF": (saved("RGB", "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), COLOUR),
 }
@@ -620,41 +434,27 @@ def absurd_jpeg(width, height):
     return bytes(content)
 
 
-def absurd_png(width, height):
-    content = bytearray(saved("RGB"))
-    content[16:24] = struct.pack(">II", width, height)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
-
-
-def gif():
-    file = io.BytesIO()
-    picture(0, 9, 9).save(file, "GIF")
-    return file.getvalue()
-
-
 BAD = {
+    "absent": (None, "No such file or directory"),
     "empty": (b"", "it is empty"),
     "text": (b"<html>404 not found</html>", "it is neither a JPEG nor a PNG image"),
-    "GIF": (gif(), "it is neither a JPEG nor a PNG image"),
+    "GIF": (saved("P", "GIF"), "it is neither a JPEG nor a PNG image"),
     "cut": (jpeg(picture(0, 200, 200))[:5000], "truncated"),
     "cut PNG": (saved("RGB")[:60], ""),
     "header alone": (content(0)[:300], ""),
     "absurd JPEG": (absurd_jpeg(65535, 65535), "Image size (4294836225 pixels) exceeds limit"),
     "large JPEG": (absurd_jpeg(9_500, 9_500), "its header claims 9,500 x 9,500 pixels"),
-    "absurd PNG": (absurd_png(2**31 - 1, 2**31 - 1), "Image size (4611686014132420609 pixels) exceeds limit"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_files_are_told_once_and_passed_over(tree, kind, capsys):
-    content, reason = BAD[kind]
+    (content, reason), dataset = BAD[kind], opened(tree, size=20, unreadable=0.2)
     for path in ("train/n0/train_03.JPEG", "val/n1/val_10.JPEG"):
-        (tree / path).write_bytes(content)
-    dataset = opened(tree, size=20, unreadable=0.2)
+        (tree / path).unlink() if content is None else (tree / path).write_bytes(content)
     for _ in range(2):
-        x, labels = collected(dataset.train_batches(5, 0, 1))
+        x, labels = collect(dataset.train_batches(5, 0, 1))
         order = nn.generator(0, "batches", 1).permutation(12)
         assert len(x) == 12 and labels.tolist() == [1 if i == 3 else dataset.train_labels[i] for i in order]
         draws = nn.generator(0, "crop", 1, 4).random(23).tolist()  # of the file after it
@@ -663,33 +463,15 @@ def test_bad_files_are_told_once_and_passed_over(tree, kind, capsys):
         for place in np.flatnonzero((order == 3) | (order == 4)):
             image = as_bytes(x)[place]
             assert min(np.abs(image - want).max(), np.abs(image[:, ::-1] - want).max()) < 0.1
-        x, labels = collected(dataset.test_batches(2))
+        x, labels = collect(dataset.test_batches(2))
         assert labels.tolist() == [0, 0, 1, 2] and len(x) == 4
     lines = capsys.readouterr().err.strip().split("\n")
     assert len(lines) == 2
     for line, path in zip(sorted(lines), ("train/n0/train_03.JPEG", "val/n1/val_10.JPEG")):
         assert line.startswith(f"{tree / path} is left out: ") and reason in line
     few = dataset.part(limit=6)  # they are known there too
-    collected(few.train_batches(3, 0, 0))
+    collect(few.train_batches(3, 0, 0))
     assert not capsys.readouterr().err
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_absurd_sizes_are_refused_before_anything_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    for width, refused in ((65_535, "exceeds limit"), (9_500, "9,500 x 9,500 pixels"), (9_400, None)):
-        write(tmp_path / "a.jpg", absurd_jpeg(width, width))
-        with pytest.raises(photographs.BadFile, match=refused) if refused else contextlib.nullcontext():
-            with photographs.opened(tmp_path / "a.jpg") as image:
-                assert image.size == (9_400, 9_400)
-
-
-def test_unreadable_file_is_bad(tree, capsys):
-    dataset = opened(tree, unreadable=0.1)
-    (tree / "train" / "n2" / "train_24.JPEG").unlink()
-    labels = collected(dataset.train_batches(12, 0, 0))[1]
-    assert sorted(labels) == sorted([*dataset.train_labels[:-1], 0])  # the last gives way to the first
-    assert "is left out: No such file or directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -697,27 +479,25 @@ def test_too_many_bad_files_end_it(tree, threads, capsys):
     for name in ("n0/train_00", "n1/train_11", "n2/train_22"):
         (tree / "train" / f"{name}.JPEG").write_bytes(b"?")
     dataset = opened(tree, unreadable=0.25, threads=threads)  # 3 of 12
-    assert len(collected(dataset.train_batches(5, 0, 0))[0]) == 12
+    assert len(collect(dataset.train_batches(5, 0, 0))[0]) == 12
     dataset = opened(tree, unreadable=0.24, threads=threads)
     with pytest.raises(DataError) as error:
         for epoch in range(2):
-            collected(dataset.train_batches(5, 0, epoch))
+            collect(dataset.train_batches(5, 0, epoch))
     first = next(iter(dataset.train.files.bad))
     assert str(error.value) == (
         f"3 of the 12 images in {tree / 'train'} cannot be read, more than the 24.00% that may be left out; the first "
         f"was {dataset.train.files.path(first)}: it is neither a JPEG nor a PNG image")
     with pytest.raises(DataError, match="3 of the 12 images"):  # it does not help to ask again
-        collected(dataset.train_batches(5, 0, 0))
+        collect(dataset.train_batches(5, 0, 0))
     assert not live_threads()
 
 
 def test_none_readable(tree, capsys):
-    for path in (tree / "train").rglob("*.JPEG"):
+    for path in tree.rglob("*.JPEG"):
         path.write_bytes(b"?")
     with pytest.raises(DataError, match="none of the 12 images used"):
         next(opened(tree, unreadable=1).train_batches(5, 0, 0))
-    for path in (tree / "val").rglob("*.JPEG"):
-        path.write_bytes(b"?")
     batches = list(opened(tree, unreadable=1).test_batches(5))
     assert [(x.shape, labels.shape) for x, labels in batches] == [((0, 3, 16, 16), (0,))]
 
@@ -775,7 +555,7 @@ def test_copy_that_was_cut_goes_on(large, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         photographs.prepare(large, target, side=32, threads=1)
     monkeypatch.undo()
-    with pytest.raises(DataError, match="imagenet-256 is no finished copy of .*--prepare makes it or goes on"):
+    with pytest.raises(DataError, match="imagenet-256 is no finished copy of .*--prepare makes it or goes on with it"):
         datasets.load("imagenet-256", tmp_path)
     for path, damage in zip(done, (b"", done[1].read_bytes()[:-20] + bytes(20), None)):  # as after a power cut
         if damage is not None:
@@ -788,11 +568,8 @@ def test_copy_that_was_cut_goes_on(large, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["wide.JPEG", "small.JPEG"])
 def test_files_of_a_copy_are_whole_or_not(large, tmp_path, monkeypatch, name):
-    def full(source, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "replace", lambda source, target: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         photographs.shrink(large / "val" / "a" / name, tmp_path / "copy.jpg", 32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagenet"]
 
@@ -852,11 +629,14 @@ def test_drawn_photographs(tmp_path, monkeypatch):
     assert tree == tmp_path / "a" / "synthetic-photos-3x5+2-seed0-v1"  # as it was always called
     found = everything(tree)
     assert len(set(found.values())) == 21 and found == everything(drawn.photographs(tmp_path / "b", 3, 5, 2, threads=1))
-    assert found != everything(drawn.photographs(tmp_path / "c", 3, 5, 2, seed=1))
     sides = [Image.open(io.BytesIO(body)).size for body in found.values()]
     assert all(64 <= side <= 128 for pair in sides for side in pair) and any(w != h for w, h in sides)
+    load = functools.partial(datasets.load, "photographs", tmp_path, classes=2, images=2, size=32, unreadable=0.1)
+    dataset = load()
+    assert dataset.name == "photographs" and dataset.classes == 2 and len(dataset.test_labels) == 100
+    assert collect(dataset.train_batches(3, 0, 0))[0].shape == (4, 3, 32, 32)
     monkeypatch.setattr(drawn, "draw_photograph", lambda *a: pytest.fail("drawn twice"))
-    assert drawn.photographs(tmp_path / "a", classes=3, images=5, test=2) == tree
+    assert load().train_labels.tolist() == dataset.train_labels.tolist()
 
 
 def test_drawn_photographs_are_whole_or_not(tmp_path, monkeypatch):
@@ -875,39 +655,17 @@ def test_drawn_photographs_are_whole_or_not(tmp_path, monkeypatch):
 
 def test_of_two_that_want_photographs_one_draws_them(tmp_path, monkeypatch):
     drawings, draw, looked = [], drawn.draw_tree, threading.Barrier(2, timeout=10)
-
-    @contextlib.contextmanager
-    def locked(path):
-        looked.wait()  # neither has found them
-        with files.locked(path):
-            yield
-
-    monkeypatch.setattr(drawn, "locked", locked)
+    monkeypatch.setattr(drawn, "locked", lambda path: (looked.wait(), files.locked(path))[1])  # neither has found them
     monkeypatch.setattr(drawn, "draw_tree", lambda *a: drawings.append(0) or draw(*a))
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda i: drawn.photographs(tmp_path, 2, 2, 1, threads=1), range(2))
     assert one == other and drawings == [0]
 
 
-def test_a_failure_in_one_thread_ends_the_others():
-    begun, worked = threading.Event(), []
-
-    def work(i):
-        worked.append(i)
-        if i == 0:
-            raise ZeroDivisionError
-        begun.wait(0.1)
-
+def test_results_of_threads_come_in_order_until_one_fails():
+    done = []
+    results = in_threads(lambda i: done.append(i) or 1 / (50 - i), range(1000), 2, "")
     with pytest.raises(ZeroDivisionError):
-        list(in_threads(work, range(100), 2, ""))
-    assert max(worked) < 10
-
-
-def test_results_of_threads_come_in_order():
-    assert list(in_threads(lambda i: -i, range(50), 3, "")) == [-i for i in range(50)]
-
-
-def test_load_drawn_photographs(tmp_path):
-    found = datasets.load("photographs", tmp_path, classes=2, images=2, size=32, threads=1, unreadable=0.1)
-    assert found.name == "photographs" and found.classes == 2 and found.shape == (3, 32, 32)
-    assert collected(found.train_batches(3, 0, 0))[0].shape == (4, 3, 32, 32) and len(found.test_labels) == 100
+        for i, result in enumerate(results):
+            assert result == 1 / (50 - i)
+    assert i == 49 and max(done) < 60
