@@ -214,6 +214,10 @@ def plot(experiment, name, settings, metric, record):
     figure, runs = experiment.figures[name], experiment.figures[name].runs(settings)
     where = record_path(experiment, name, settings.data)
     head, rows = read_record(where) if record else readable(lambda: read_record(where)) or ({}, {})
+    others = set(RECORDS.glob(f"{experiment.name}_*.json")) - {where}  # runs recorded for another figure serve as well
+    for path in () if record else others:
+        _, more = readable(lambda: read_record(path)) or ({}, {})
+        rows = more | rows
     on_disk = [readable(Run(experiment, s).result) for s in runs]
     in_record = [rows.pop((s.data, s.run_name()), None) for s in runs]
     results = [r or row for r, row in zip(on_disk, in_record)]
@@ -234,7 +238,7 @@ def plot(experiment, name, settings, metric, record):
     print(f"{name}: {figure.help}", *summary, sep="\n")
     if figure.trained:
         print(f"{len(runs) - missing} of {len(runs)} runs are done"
-              + (f", {recorded} of them recorded in {where.parent.name}/{where.name}" if recorded else "")
+              + (f", {recorded} of them recorded in {RECORDS.name}/" if recorded else "")
               + (f"; --list {name} names the others, --sweep {name} trains them" if missing else ""))
     folder = RECORDS if record else Path(settings.out, experiment.name, settings.data)
     folder.mkdir(parents=True, exist_ok=True)
@@ -359,7 +363,8 @@ def off_the_scale(ax, x, y, color, edge=0):
     for place, value in zip(x, y):
         ax.annotate(f"{value:.0f} %", (place, edge), (0, 18 - 36 * edge), xycoords=ax.get_xaxis_transform(),
                     textcoords="offset points", ha="center", va="center", color=color,
-                    bbox=dict(facecolor="white", edgecolor="none", pad=0), arrowprops=dict(arrowstyle="->", color=color))
+                    bbox=dict(facecolor="white", edgecolor="none", pad=0),
+                    arrowprops=dict(arrowstyle="->", color=color))
 
 
 def accuracy_over_width(points, lines, metric, heading, quantity="test_acc", about=(), **axes):
