@@ -2,7 +2,7 @@
 
     python bench/cpu.py mlp                a training step of the MLP beside PyTorch's (2.13, CPU)
     python bench/cpu.py resnet             a training step of ResNet-18 beside PyTorch's; --layers: layer by layer
-    python bench/cpu.py kernel             the sparse kernel's methods; the infinite kernel beside neural-tangents' (JAX)
+    python bench/cpu.py kernel             the sparse kernel, and the infinite one beside neural-tangents (JAX)
     python bench/cpu.py loader [FOLDER]    training crops of photographs a second, by threads; of FOLDER's JPEGs
     python bench/cpu.py allreduce          ResNet-18 on two ranks: the time to average gradients, scaling efficiency
     python bench/cpu.py imagenet           a training step at 224 x 224, and the arithmetic of Table 1
@@ -360,13 +360,13 @@ def loader(folder=None):
     import numpy as np
     from PIL import Image
 
-    from datasets import photographs
+    from datasets import photographs, trees
 
     with tempfile.TemporaryDirectory() as tree:
         for half in ("train", "val"):
             Path(tree, half, "class").mkdir(parents=True)
         rng = np.random.default_rng(0)
-        sources = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in photographs.SUFFIXES) if folder else []
+        sources = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in trees.SUFFIXES) if folder else []
         for i, source in enumerate(sources or range(100)):
             for half in ("train", "val"):
                 path = Path(tree, half, "class", f"{i:04}.jpg")

@@ -479,10 +479,10 @@ class Compiled:
     def captured(self, arrays):
         """(the graph of a call with these arrays, what the function returned)"""
         stream, collecting = self.engine.stream, gc.isenabled()
+        if cupy.cuda.get_current_stream() != stream:
+            raise EngineError("the engine's stream is not the current one, so that nothing would be captured")
         gc.disable()  # freeing an array of before in the middle of a capture would end it
         try:
-            if cupy.cuda.get_current_stream() != stream:
-                raise RuntimeError("the engine's stream is not the current one, so that nothing would be captured")
             stream.begin_capture()
             try:
                 returned = self.function(*arrays)

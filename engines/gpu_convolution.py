@@ -4,6 +4,7 @@ The plan is the first of cuDNN's heuristics that can be built, or with `tune` th
 order unless `deterministic` is off.
 """
 
+import contextlib
 import functools
 import itertools
 
@@ -74,19 +75,16 @@ def convolution(kind, x, w, y, dtype, stride, padding, strict=False, determinist
     io, wide = types[dtype], types["float64" if dtype == "float64" else "float32"]
     graph = c.pygraph(io_data_type=io, intermediate_data_type=wide, compute_data_type=wide, **where)
     shapes = dict(x=x, w=w, y=y)
-
-    def tensor(name):
-        return graph.tensor(name=name, dim=list(shapes[name]), stride=list(strides_of(shapes[name], shapes[name][1])),
-                            data_type=io)
-
-    made = {"fprop": "y", "dgrad": "x", "wgrad": "w"}[kind]
-    tensors = {name: tensor(name) for name in shapes if name != made}
-    take = {"fprop": lambda **options: graph.conv_fprop(image=tensors["x"], weight=tensors["w"], **options),
-            "dgrad": lambda **options: graph.conv_dgrad(loss=tensors["y"], filter=tensors["w"], **options),
-            "wgrad": lambda **options: graph.conv_wgrad(image=tensors["x"], loss=tensors["y"], **options)}[kind]
-    out = take(padding=[padding] * 2, stride=[stride] * 2, dilation=[1, 1])
-    shape = shapes[made]  # without it a strided dgrad has the wrong size, in silence
-    out.set_output(True).set_dim(list(shape)).set_stride(list(strides_of(shape, shape[1]))).set_data_type(io)
+    strides = {name: list(strides_of(shape, shape[1])) for name, shape in shapes.items()}
+    work, made, roles = {"fprop": (graph.conv_fprop, "y", dict(image="x", weight="w")),
+                         "dgrad": (graph.conv_dgrad, "x", dict(loss="y", filter="w")),
+                         "wgrad": (graph.conv_wgrad, "w", dict(image="x", loss="y"))}[kind]
+    tensors = {name: graph.tensor(name=name, dim=list(shapes[name]), stride=strides[name], data_type=io)
+               for name in roles.values()}
+    out = work(padding=[padding] * 2, stride=[stride] * 2, dilation=[1, 1],
+               **{role: tensors[name] for role, name in roles.items()})
+    # without its shape a strided dgrad has the wrong size, in silence
+    out.set_output(True).set_dim(list(shapes[made])).set_stride(strides[made]).set_data_type(io)
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([c.heur_mode.A, c.heur_mode.FALLBACK])
@@ -163,21 +161,22 @@ class Convolutions:
         strict = self.strict and dtype == "float32"
         graph, tensors = convolution(kind, x, w, y, dtype, stride, padding, strict, self.deterministic,
                                      handle=self.handle)
-        timed = []
-        for number in itertools.islice(plans(graph, self.limit), TRIED if self.tune else 1):
-            if not self.tune:
-                timed.append((0, number))
-                continue
-            memory = scratch(graph.get_workspace_size_plan_at_index(number))
-            try:
-                timed.append((milliseconds(lambda: self.execute(graph, tensors, number, arrays, memory)), number))
-            except Exception:  # it can be built, but not run
-                continue
-        if not timed:
+        able = plans(graph, self.limit)
+        number = self.fastest(graph, tensors, able, arrays) if self.tune else next(able, None)
+        if number is None:
             raise EngineError(f"cuDNN has no plan for the {described(kind, x, w, y, dtype, stride, padding)}"
                               + (", without tensor cores" if strict else "")
                               + (", deterministically" if self.deterministic else ""))
-        return graph, tensors, min(timed)[1]
+        return graph, tensors, number
+
+    def fastest(self, graph, tensors, able, arrays):
+        """The number of the fastest of the first plans, None if none of them can be run."""
+        timed = []
+        for number in itertools.islice(able, TRIED):
+            memory = scratch(graph.get_workspace_size_plan_at_index(number))
+            with contextlib.suppress(Exception):  # it can be built, but not run
+                timed.append((milliseconds(lambda: self.execute(graph, tensors, number, arrays, memory)), number))
+        return min(timed)[1] if timed else None
 
     def execute(self, graph, tensors, number, arrays, memory=None):
         pointers = {tensors[name]: array.data.ptr for name, array in arrays.items()}

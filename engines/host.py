@@ -135,10 +135,11 @@ class Buffer(np.ndarray):
 
     def __del__(self):
         if self.key is not None:
-            with self.LOCK:
-                Buffer.used -= self.nbytes
-                Buffer.stored += self.nbytes
-                self.STORED.setdefault(self.key, []).append(self.base)
+            store = type(self)  # the module's names are gone when Python ends
+            with store.LOCK:
+                store.used -= self.nbytes
+                store.stored += self.nbytes
+                store.STORED.setdefault(self.key, []).append(self.base)
 
     @classmethod
     def take(cls, key, nbytes):

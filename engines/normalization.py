@@ -1,6 +1,7 @@
 """BatchNorm of images on the CPU: a few rows at a time, so that they stay in a core's second-level cache.
 
-NumPy's small buffer (host.BUFFER) makes it 3 times as fast for small images. Threads by channels instead of rows: nothing.
+NumPy's small buffer (host.BUFFER) makes it 3 times as fast for small images. Threads by channels instead of rows:
+nothing.
 """
 
 import numpy as np

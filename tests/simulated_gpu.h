@@ -20,22 +20,11 @@
 #define __global__ static
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((used, section("simulated_shared")))
 #define __syncthreads() simulated::wait(__LINE__)
 
-struct uint3 { unsigned x, y, z; };
-struct dim3 { unsigned x, y, z; };
-static uint3 threadIdx, blockIdx;
-static dim3 blockDim, gridDim;
-
-using std::isfinite;
-using std::isinf;
-using std::isnan;
-template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
-template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
-template <class T> static inline T atomicAdd(T *p, T x) { T before = *p; *p += x; return before; }
+static struct { unsigned x, y; } threadIdx, blockIdx, blockDim, gridDim;
 
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
@@ -46,7 +35,7 @@ extern "C" __attribute__((weak, visibility("hidden"))) char __start_simulated_sh
 
 namespace simulated {
 
-constexpr int MOST_THREADS = 1024, STACK = (128 << 10) + 320;  // not a power of two: stacks would share cache lines
+constexpr int MOST_THREADS = 256, STACK = (128 << 10) + 320;  // not a power of two: stacks would share cache lines
 constexpr int STEP = 10007;  // prime and more than any number of threads: multiples of it are a permutation of them
 
 struct Fiber {
@@ -62,31 +51,25 @@ static void (*kernel)(void **);
 static void **arguments;
 static int threads, turn, started, ended, waiting, waiting_fibers[MOST_THREADS], current, barrier_line, other_line;
 
-static inline void choose_thread() {
-    unsigned i = turn = (turn + STEP) % threads;
-    threadIdx = {i, 0, 0};
-    if (i >= blockDim.x) threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-}
-
 // _setjmp and _longjmp change fibers in some 10 ns; swapcontext would make a system call each time.
 static __attribute__((noinline)) void leave() {
     if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
 }
 
 static __attribute__((noinline)) void wait(int line) {
-    uint3 mine = threadIdx;
+    unsigned mine = threadIdx.x;
     if (waiting && line != barrier_line) other_line = line;
     barrier_line = line;
     waiting_fibers[waiting++] = current;
     leave();
-    threadIdx = mine;
+    threadIdx.x = mine;
 }
 
 static void work() {
     for (;;) {
         while (started < threads) {
             ++started;
-            choose_thread();
+            threadIdx.x = turn = (turn + STEP) % threads;
             kernel(arguments);
             ++ended;
         }
@@ -119,11 +102,11 @@ static const char *run_block() {
         if (ended || other_line) {
             for (Fiber &fiber : fibers) fiber.begun = false;  // give up the waiting ones
             if (ended)
-                snprintf(message, sizeof message, "%d of %d threads of block (%u, %u, %u) ended while others wait at "
-                         "the barrier in line %d", ended, threads, blockIdx.x, blockIdx.y, blockIdx.z, barrier_line);
+                snprintf(message, sizeof message, "%d of %d threads of block (%u, %u) ended while others wait at the "
+                         "barrier in line %d", ended, threads, blockIdx.x, blockIdx.y, barrier_line);
             else
-                snprintf(message, sizeof message, "threads of block (%u, %u, %u) wait at different barriers, in lines "
-                         "%d and %d", blockIdx.x, blockIdx.y, blockIdx.z, barrier_line, other_line);
+                snprintf(message, sizeof message, "threads of block (%u, %u) wait at different barriers, in lines %d "
+                         "and %d", blockIdx.x, blockIdx.y, barrier_line, other_line);
             return message;
         }
         int count = waiting;
@@ -134,18 +117,17 @@ static const char *run_block() {
     return nullptr;
 }
 
-static const char *run(void (*entry)(void **), void **args, const unsigned *grid, const unsigned *block) {
+static const char *run(void (*entry)(void **), void **args, const unsigned *grid, unsigned block) {
     if (!stacks)
         stacks = (char *)mmap(nullptr, (size_t)MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    kernel = entry, arguments = args, threads = block[0] * block[1] * block[2];
-    gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], block[1], block[2]};
-    for (unsigned z = grid[2]; z--;)
-        for (unsigned y = grid[1]; y--;)
-            for (unsigned x = grid[0]; x--;) {
-                blockIdx = {x, y, z};
-                if (const char *wrong = run_block()) return wrong;
-            }
+    kernel = entry, arguments = args, threads = block;
+    gridDim = {grid[0], grid[1]}, blockDim = {block, 1};
+    for (unsigned y = grid[1]; y--;)
+        for (unsigned x = grid[0]; x--;) {
+            blockIdx = {x, y};
+            if (const char *wrong = run_block()) return wrong;
+        }
     return nullptr;
 }
 

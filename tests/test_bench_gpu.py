@@ -1,7 +1,6 @@
 """bench/gpu.py: its whole course on the simulated GPU (a long proof), and what it says where there is no GPU."""
 
 import importlib.util
-import math
 import re
 import subprocess
 import sys
@@ -53,15 +52,11 @@ def test_the_whole_course(simulated):
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stdout and "nan" not in done.stdout and "inf" not in done.stdout, done.stdout
     assert done.stdout.startswith("simulated GPU, dense peak unknown") and "PyTorch 2" in done.stdout
-    rows = [line for line in done.stdout.splitlines() if re.match(r"(CIFAR|64 px) .* (bf16|tf32)( masked)? +\d", line)]
-    assert len(rows) == 4
-    for line in rows:
-        assert line.split().count("-") == (2 if "masked" not in line else 6)  # parts of the unknown peak, compiled
-        times = numbers(line.split("32" if "tf32" in line else "bf16")[1])
-        assert all(map(math.isfinite, times)) and min(times[:3]) > 0
-    assert re.search(r"a step as one CUDA graph [\d.]+ ms, launched from Python [\d.]+ ms, [\d.]+ times", done.stdout)
-    (row,) = re.findall(r"^MLP .* batch  10(.*)$", done.stdout, re.M)
-    assert len(numbers(row)) == 5 and min(numbers(row)) > 0
+    rows = re.findall(r"^((?:CIFAR|64 px) .* (?:bf16|tf32)(?: masked)?|MLP .* batch  10)  +(\d.*)$", done.stdout, re.M)
+    assert [bool(re.search("masked", name)) for name, _ in rows] == [False, False, False, True, False]
+    for name, cells in rows:
+        assert cells.split().count("-") == 2, name  # parts of the unknown peak
+        assert len(numbers(" " + cells)) == 12 and min(numbers(" " + cells)[:8]) > 0, name
 
 
 @pytest.mark.proof
@@ -74,6 +69,4 @@ def test_layer_by_layer(simulated):
     assert re.search(r"^conv +3 -> 2, 32 x 32, 3 x 3 +1 ", done.stdout, re.M)
     assert re.search(r"^conv_weight_gradient +3 -> 2, 64 x 64, 7 x 7 / 2 +1 ", done.stdout, re.M)
     assert re.search(r"^batch_norm +2 x 32 x 32, add, ReLU +2 ", done.stdout, re.M)
-    for what in ("together", "a whole step"):
-        found = [numbers(line) for line in re.findall(rf"^{what} .*", done.stdout, re.M)]
-        assert [len(line) for line in found] == [2, 2] and min(min(line) for line in found) > 0
+    assert len(re.findall(r"^(?:together|a whole step) +\d+$", done.stdout, re.M)) == 4

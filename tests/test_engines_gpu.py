@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,15 @@ import exp_resnet_imagenet as imagenet
 import lab
 import nn
 from datasets.dataset import Arrays
-from engines import EngineError, cpu, output_size
+from engines import EngineError, cpu, output_size, pool_size
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = cpu.Engine()
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-# Of results, relative to the largest entry. Measured of convolutions on the simulated GPU: 2.2e-7, 7e-16, 6e-4, 3.3e-3;
-# of the numbers themselves, half a unit in the last place at most: 6e-8, 1.1e-16, 4.9e-4, 3.9e-3.
-TOLERANCE = {"fp32": 1e-6, "float64": 5e-15, "tf32": 1e-3, "bf16": 4e-3}
+# Of results, relative to the largest entry: by their type, and of convolutions by precision. Measured of convolutions
+# on the simulated GPU: 2.2e-7, 7e-16, 6e-4, 3.3e-3; of the numbers themselves, half a unit in the last place at most:
+# 6e-8, 1.1e-16, 4.9e-4, 3.9e-3.
+TOLERANCE = {"fp32": 1e-6, "float32": 2e-6, "float64": 5e-15, "tf32": 1e-3, "bf16": 4e-3, "bfloat16": 4e-3}
 
 
 @pytest.fixture
@@ -82,13 +84,12 @@ def same_bits(x, y):
 
 
 def rounded(array, engine, dtype=np.float32):
-    """(on the GPU in this type, the same values as the engine keeps them, in float64)"""
-    array = np.asarray(array, dtype)
-    return nn.xp.asarray(array), array.astype(engine.kind(array.dtype)).astype(np.float64)
-
-
-def tolerance(precision, dtype):
-    return TOLERANCE["float64" if dtype == np.float64 else precision]
+    """(on the GPU in this type, the same values in float64: images and weights (4 axes) as the engine keeps them)"""
+    array = np.asarray(array)
+    if array.dtype.kind != "f":
+        return nn.xp.asarray(array), array
+    array = array.astype(dtype)
+    return nn.xp.asarray(array), array.astype(engine.kind(dtype) if array.ndim == 4 else dtype).astype(np.float64)
 
 
 def is_simulated(request):
@@ -156,9 +157,6 @@ LAYOUTS = {
     "some columns": lambda xp, a: lying_as(xp, a, NHWC, np.s_[..., 1::2], (*a.shape[:3], 2 * a.shape[3])),
     "upside down": lambda xp, a: lying_as(xp, a[:, :, ::-1], NHWC)[:, :, ::-1],
 }
-SHAPES = [((3, 1, 7, 6), 5, 3, 1, 1), ((2, 3, 9, 8), 8, 7, 2, 3), ((3, 5, 6, 5), 3, 1, 2, 0),
-          ((2, 8, 8, 8), 18, 3, 2, 1), ((1, 18, 5, 7), 8, 3, 1, 0), ((2, 5, 6, 7), 1, 3, 1, 2),
-          ((1, 1, 5, 3), 1, 1, 1, 0), ((2, 8, 7, 6), 5, 3, 2, 0)]  # x, O, kernel, stride, padding
 
 
 def problem(rng, shape, O, k, stride, padding):
@@ -168,23 +166,122 @@ def problem(rng, shape, O, k, stride, padding):
 
 
 def convolved(engine, x, w, g, stride, padding):
-    """y, dx, dw of a convolution"""
     weights = engine.weights(w)
-    return (engine.conv(x, weights, stride, padding), engine.conv_input_gradient(g, weights, x.shape, stride, padding),
-            engine.conv_weight_gradient(g, x, w.shape, stride, padding))
+    return {"y": engine.conv(x, weights, stride, padding),
+            "dx": engine.conv_input_gradient(g, weights, x.shape, stride, padding),
+            "dw": engine.conv_weight_gradient(g, x, w.shape, stride, padding)}
+
+
+def batch_norm(engine, x, add, g, weight, bias, mean, var, open_where=None):
+    """All that forward and backward pass give, in every mode; open_where: such results, to say which ReLUs are open"""
+    found = {}
+    for training, relu, added in itertools.product((True, False), repeat=3):
+        running = mean.copy(), var.copy()
+        out, saved = engine.batch_norm(x, weight, bias, *running, training, 0.1, 1e-5, add if added else None, relu)
+        mode = f"{training=}, {relu=}, {added=}"
+        positive = None if not relu else out if open_where is None else host(open_where[f"y, {mode}"])
+        gradients = engine.batch_norm_gradients(g, x, positive, weight, saved, training, added)
+        assert (gradients[3] is None) == (not added)
+        arrays = dict(y=out, mean=running[0], variance=running[1])
+        arrays |= zip(("dx", "dweight", "dbias", "dadd"), gradients[: 3 + added])
+        found |= {f"{name}, {mode}": array for name, array in arrays.items()}
+    return found
+
+
+def normal(rng, shapes):
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+def statistics(rng, shape, centre=0.0):
+    """x, add, g, weight, bias, mean, variance; g such that its sums, also those with x, do not cancel"""
+    C, x = shape[1], rng.standard_normal(shape)
+    return [x + centre, rng.standard_normal(shape), x + 1 + rng.standard_normal(shape), rng.uniform(0.5, 2, C),
+            rng.standard_normal(C), rng.standard_normal(C) + centre, rng.uniform(0.5, 2, C)]
+
+
+def mean_pool(engine, x, g):
+    return {"mean": engine.mean_pool(x), "dx": engine.mean_pool_gradient(g.T, x.shape, x.dtype)}
+
+
+def max_pool(engine, x, g, size):
+    out, which = engine.max_pool(x, *size)
+    return {"y": out, "dx": engine.max_pool_gradient(g, which, x.shape, *size)}
+
+
+def windows(rng, size):
+    """x with many equals in a window, all less than the zeros that one might put around them in some, and g"""
+    x = rng.integers(-2, 2, (3, 5, 9, 8)) - 9.0 * (np.arange(3) == 0)[:, None, None, None]
+    return x, rng.integers(-8, 9, (3, 5, *pool_size(x.shape, *size))).astype(float)
+
+
+def linear(engine, x, w, b, g, part=np.s_[:]):
+    x, w = x[part], w[part]
+    out, saved = engine.linear(x, w, b, None)
+    gradients = engine.linear_gradients(g, x, w, b, None, saved, (True, True, True))
+    alone, _ = engine.linear(x, w, None, None)
+    return {"out": out, "no bias": alone} | dict(zip(("dx2", "dw", "db"), gradients))
+
+
+def cross_entropy(engine, labels, three, *logits):
+    found = {}
+    for i, z in enumerate(logits):
+        loss, sums, saved = engine.cross_entropy(z.T, labels, True)
+        found |= {f"loss {i}": loss, f"sums {i}, losses": sums[:1], f"sums {i}, correct": sums[1:],
+                  f"dlogits {i}": engine.cross_entropy_gradient(three, saved)}
+    return found
+
+
+def answers(rng, N, K):
+    """Labels, a factor, logits (K, N): some, some with ties, some that would overflow"""
+    logits = rng.standard_normal((K, N)), rng.integers(-1, 2, (K, N)).astype(float), rng.standard_normal((K, N)) * 1e4
+    return rng.integers(0, K, N), 3.0, *logits
+
+
+def operations():
+    """{name: (a function of a generator that makes arrays, what an engine computes with them as {name: array})}"""
+    table = {}
+    for shape, O, k, stride, padding in [
+            ((3, 1, 7, 6), 5, 3, 1, 1), ((2, 3, 9, 8), 8, 7, 2, 3), ((3, 5, 6, 5), 3, 1, 2, 0),
+            ((2, 8, 8, 8), 18, 3, 2, 1), ((1, 18, 5, 7), 8, 3, 1, 0), ((2, 5, 6, 7), 1, 3, 1, 2),
+            ((1, 1, 5, 3), 1, 1, 1, 0), ((2, 8, 7, 6), 5, 3, 2, 0)]:
+        moves = dict(stride=stride, padding=padding)
+        table[f"conv {shape} to {O}"] = partial(problem, shape=shape, O=O, k=k, **moves), partial(convolved, **moves)
+    for shape in ((5, 1, 4, 3), (4, 3, 5, 5), (2, 8, 6, 6), (3, 18, 1, 7), (2, 33, 3, 3), (2, 300, 4, 1),
+                  (1, 16, 1, 6)):
+        table[f"batch_norm {shape}"] = partial(statistics, shape=shape), batch_norm
+    for C in (1, 3, 8):
+        table[f"mean_pool of {C}"] = partial(normal, shapes=[(3, C, 4, 5), (C, 3)]), mean_pool
+    for size in ((3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (1, 1, 0), (5, 2, 2), (3, 5, 0)):
+        table[f"max_pool {size}"] = partial(windows, size=size), partial(max_pool, size=size)
+    for M, N, K in ((1, 1, 1), (63, 64, 65), (64, 64, 64), (65, 63, 17), (130, 70, 33), (5, 10, 784), (3, 129, 16),
+                    (100, 1, 15)):
+        table[f"linear {M}, {N}, {K}"] = partial(normal, shapes=[(M, K), (N, K), (N,), (M, N)]), linear
+    part = np.s_[::2, 1::3]  # strides in both directions
+    table["linear of parts"] = partial(normal, shapes=[(20, 90), (14, 90), (7,), (10, 7)]), partial(linear, part=part)
+    for N, K in ((300, 10), (1, 1), (7, 100), (257, 3)):
+        table[f"cross_entropy {N}, {K}"] = partial(answers, N=N, K=K), cross_entropy
+    return table
+
+
+OPERATIONS = operations()
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", np.float32), ("fp32", np.float64), ("tf32", np.float32),
                                               ("bf16", np.float32), ("bf16", np.float64)])
-@pytest.mark.parametrize("shape, O, k, stride, padding", SHAPES)
-def test_convolution(engine, rng, precision, dtype, shape, O, k, stride, padding):
-    gpu = engine(precision=precision)
-    arrays, wanted = zip(*(rounded(a, gpu, dtype) for a in problem(rng, shape, O, k, stride, padding)))
-    for ours, theirs, name in zip(convolved(gpu, *arrays, stride, padding), convolved(CPU, *wanted, stride, padding),
-                                  ("y", "dx", "dw")):
-        assert ours.dtype == (dtype if name == "dw" else gpu.kind(np.dtype(dtype)))
-        assert planner().channels_of(ours) == ours.shape[1] and ours.base is None
-        assert error(ours, theirs) < tolerance(precision, dtype), name
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_are_those_of_the_cpu(engine, rng, precision, dtype, name):
+    """which computes in float64"""
+    gpu, (make, work) = engine(precision=precision), OPERATIONS[name]
+    arrays, wanted = zip(*(rounded(a, gpu, np.dtype(dtype)) for a in make(rng)))
+    got, want = work(gpu, *arrays), work(CPU, *wanted)
+    assert list(got) == list(want)
+    for what, ours in got.items():
+        if ours.ndim == 4:
+            assert planner().channels_of(ours) == ours.shape[1] and ours.base is None, what
+        kept = np.dtype(gpu.kind(dtype) if ours.ndim == 4 and what != "dw" else dtype)
+        assert ours.dtype == (np.float64 if what.startswith("sums") else kept), what
+        of_convolution = name.startswith("conv") and dtype == np.float32
+        assert error(ours, np.asarray(want[what])) < TOLERANCE[precision if of_convolution else kept.name], what
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -197,8 +294,8 @@ def test_images_lie_in_any_way(engine, rng, layout, precision):
         want = convolved(CPU, *wanted, 2, 1)
         for dtype in dict.fromkeys((np.dtype(np.float32), gpu.dtype)):
             x, w, g = (lying(nn.xp, nn.to_host(a).astype(dtype)) for a in arrays)
-            for ours, theirs in zip(convolved(gpu, x, w, g, 2, 1), want):
-                assert error(ours, theirs) < TOLERANCE[precision]
+            for name, ours in convolved(gpu, x, w, g, 2, 1).items():
+                assert error(ours, want[name]) < TOLERANCE[precision]
             assert error(gpu.mean_pool(x), wanted[0].mean((2, 3))) < 1e-6
             assert (host(gpu.images(x)) == wanted[0]).all()
 
@@ -251,54 +348,23 @@ def test_rounding_to_bfloat16(engine, rng):
 # ---------------------------------------------------------------------------------------------- BatchNorm
 
 
-def batch_norm_on_both(gpu, rng, shape, dtype, training, relu, added, mean=0.0):
-    """[(name, error)] of all that forward and backward pass give, against the CPU in float64"""
-    C = shape[1]
-    (x, add, g), wanted = zip(*(rounded(rng.standard_normal(shape) + m, gpu, dtype) for m in (mean, 0, 0)))
-    parameters = [np.asarray(a, dtype) for a in (rng.uniform(0.5, 2, C), rng.standard_normal(C),
-                                                 rng.standard_normal(C) + mean, rng.uniform(0.5, 2, C))]
-    weight, bias, *running = map(nn.xp.asarray, parameters)
-    rest = training, 0.1, 1e-5
-    out, saved = gpu.batch_norm(x, weight, bias, *running, *rest, add if added else None, relu)
-    got = gpu.batch_norm_gradients(g, x, out if relu else None, weight, saved, training, added)
-    x, add, g = wanted
-    weight, bias, *estimates = (a.astype(np.float64) for a in parameters)
-    y, kept = CPU.batch_norm(x, weight, bias, *estimates, *rest, add if added else None, relu)
-    positive = host(out) if relu else None  # where rounding decides between 0 and more, as it did
-    want = CPU.batch_norm_gradients(g, x, positive, weight, kept, training, added)
-    assert out.dtype == got[0].dtype == gpu.kind(np.dtype(dtype)) and got[1].dtype == got[2].dtype == dtype
-    assert planner().channels_of(out) == planner().channels_of(got[0]) == C
-    assert (got[3] is None) == (not added) and (not relu or (positive >= 0).all())
-    names = ["out", "running mean", "running variance", "dx", "dweight", "dbias", "dadd"]
-    pairs = [(out, y), *zip(running, estimates), *zip(got, want)][: 6 + added]
-    return [(name, error(ours, theirs)) for name, (ours, theirs) in zip(names, pairs)]
-
-
-@pytest.mark.parametrize("precision, dtype", [("fp32", np.float32), ("fp32", np.float64), ("bf16", np.float32)])
-@pytest.mark.parametrize("shape", [(5, 1, 4, 3), (4, 3, 5, 5), (2, 8, 6, 6), (3, 18, 1, 7), (2, 33, 3, 3),
-                                   (2, 300, 4, 1), (1, 16, 1, 6)], ids=lambda shape: f"C={shape[1]}")
-def test_batch_norm(engine, rng, shape, precision, dtype):
-    gpu = engine(precision=precision)
-    for training, relu, added in itertools.product((True, False), repeat=3):
-        for name, wrong in batch_norm_on_both(gpu, rng, shape, dtype, training, relu, added):
-            # measured: fp32 4e-7, float64 1e-15, bf16 3.3e-3
-            assert wrong < 1.5 * tolerance(precision, dtype), (name, training, relu, added)
-
-
 @pytest.mark.parametrize("C", [1, 18, 64])
 def test_batch_norm_of_many_pixels_far_from_zero(engine, rng, C):
     """Nothing cancels in the variance, and the parts into which the pixels are cut are put together."""
     gpu, shape = engine(precision="fp32"), (12, C, 24, 25)
     assert gpu.sums("channel_sums", 12 * 24 * 25, C, np.dtype(np.float32),
                     gpu.images(nn.xp.zeros(shape, np.float32)))[1] > 1
-    for mean, bound in ((0, TOLERANCE["fp32"]), (1000, 1e-4)):  # measured: 4e-7; 2e-5, half a unit of 1000 is 3e-5
-        for name, wrong in batch_norm_on_both(gpu, rng, shape, np.float32, True, True, True, mean):
-            assert wrong < bound, (name, mean)
+    for centre, bound in ((0, TOLERANCE["fp32"]), (1000, 1e-4)):  # measured: 4e-7; 2e-5, half a unit of 1000 is 3e-5
+        arrays, wanted = zip(*(rounded(a, gpu) for a in statistics(rng, shape, centre)))
+        got = batch_norm(gpu, *arrays)
+        want = batch_norm(CPU, *wanted, open_where=got)  # where rounding decides between 0 and more, as it did
+        for name, ours in got.items():
+            assert error(ours, want[name]) < bound, (name, centre)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_relu_keeps_what_is_not_a_number(engine, precision):
-    """and its gradient is 0 there, as on the CPU"""
+def test_what_is_not_a_number_stays(engine, precision):
+    """in ReLU, whose gradient is 0 there, as on the CPU, in pooling and in the loss"""
     gpu = engine(precision=precision)
     values = np.array([math.nan, -1, -0.0, 0, 2, math.inf, -math.inf], np.float32)
     x = nn.xp.asarray(np.stack([values, -values])[None, :, :, None])  # (1, 2, 7, 1)
@@ -308,97 +374,28 @@ def test_relu_keeps_what_is_not_a_number(engine, precision):
     g = nn.xp.ones(x.shape, np.float32)
     dadd = gpu.batch_norm_gradients(g, gpu.images(g), out, one, saved, False, True)[3]
     np.testing.assert_array_equal(host(dadd)[0, :, :, 0], np.stack([values > 0, -values > 0]))
+    np.testing.assert_array_equal(host(gpu.max_pool(x, 1, 1, 0)[0]), host(x))
+    for column in ([math.nan, 1, 2], [2, math.nan, 1], [1, 2, math.nan]):
+        column = nn.xp.asarray(np.array(column * 3, np.float32).reshape(1, 1, 3, 3))
+        assert np.isnan(host(gpu.max_pool(column, 3, 1, 0)[0])).all()
+    labels = nn.xp.zeros(2, np.int64)
+    loss, _, saved = gpu.cross_entropy(x[0, :, :, 0], labels, False)
+    assert np.isnan(float(loss)) and saved is None
+    with pytest.raises(AssertionError, match="int32"):
+        gpu.cross_entropy(x[0, :, :, 0], labels.astype(np.int32), False)
 
 
 @PRECISIONS
 def test_add(engine, rng, precision):
     gpu = engine(precision=precision)
     for C in (1, 2, 6, 8):
-        (x, x64), (y, y64) = (rounded(rng.standard_normal((3, C, 5, 2)), gpu) for _ in range(2))
-        x, y = gpu.images(x), lying_as(nn.xp, nn.to_host(gpu.images(y)), (2, 1, 3, 0))
-        total = gpu.add(x, y)
-        assert total.dtype == gpu.dtype and planner().channels_of(total) == C
+        (x, x64), (y, y64) = (rounded(rng.standard_normal((3, C, 5, 2)), gpu, np.dtype(np.float32)) for _ in range(2))
+        total = gpu.add(gpu.images(x), lying_as(nn.xp, nn.to_host(gpu.images(y)), (2, 1, 3, 0)))
+        assert planner().channels_of(total) == C
         assert same_bits(nn.to_host(total), (x64 + y64).astype(np.float32).astype(gpu.dtype))
-    assert host(gpu.add(nn.xp.ones(3, np.float32), nn.xp.ones(3, np.float32))).tolist() == [2, 2, 2]
-    assert error(gpu.add(nn.xp.ones((2, 3, 1, 1)), nn.xp.ones((2, 3, 1, 1))), np.full((2, 3, 1, 1), 2.0)) == 0
-
-
-# ---------------------------------------------------------------------------------------------- pooling
-
-
-@pytest.mark.parametrize("precision, dtype", [("fp32", np.float32), ("tf32", np.float64), ("bf16", np.float32)])
-@pytest.mark.parametrize("C", [1, 3, 8])
-def test_mean_pool(engine, rng, precision, dtype, C):
-    gpu = engine(precision=precision)
-    x, x64 = rounded(rng.standard_normal((3, C, 4, 5)), gpu, dtype)
-    g = rng.standard_normal((3, C)).astype(dtype)
-    mean = gpu.mean_pool(x)
-    assert mean.dtype == dtype and error(mean, x64.mean((2, 3))) < (1e-15 if dtype == np.float64 else 2e-7)
-    for gradient in (nn.xp.asarray(g), nn.xp.asarray(g.T.copy()).T):
-        dx = gpu.mean_pool_gradient(gradient, x.shape, x.dtype)
-        assert dx.dtype == gpu.kind(x.dtype) and planner().channels_of(dx) == C
-        assert error(dx, np.broadcast_to(g[..., None, None] / 20.0, x.shape)) < tolerance(precision, dtype)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("size, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (1, 1, 0), (5, 2, 2),
-                                                   (3, 5, 0)])
-def test_max_pool(engine, rng, precision, size, stride, padding):
-    """To the first of equals, of which there are many."""
-    x = rng.integers(-2, 2, (3, 5, 9, 8)).astype(np.float32)
-    x[0] -= 9  # less than the zeros that one might put around them
-    y, saved = CPU.max_pool(x, size, stride, padding)
-    g = rng.integers(-8, 9, y.shape).astype(np.float32)
-    gpu = engine(precision=precision)
-    out, which = gpu.max_pool(nn.xp.asarray(x), size, stride, padding)
-    dx = gpu.max_pool_gradient(nn.xp.asarray(g), which, x.shape, size, stride, padding)
-    np.testing.assert_array_equal(host(out), y)
-    np.testing.assert_array_equal(host(dx), CPU.max_pool_gradient(g, saved, x.shape, size, stride, padding))
-    x[0, 0, 0, 0] = math.nan
-    assert np.isnan(host(gpu.max_pool(nn.xp.asarray(x), size, stride, padding)[0])[0, 0, 0, 0])
-
-
-# ---------------------------------------------------------------------------------------------- linear layers and loss
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (63, 64, 65), (64, 64, 64), (65, 63, 17), (130, 70, 33), (5, 10, 784),
-                                     (3, 129, 16), (100, 1, 15)])
-def test_product(engine, rng, dtype, M, N, K):
-    gpu = engine(precision="fp32")
-    bound = 5e-16 * math.sqrt(K) + 1e-15 if dtype == np.float64 else 2e-7 * math.sqrt(K) + 1e-7
-    bias = rng.standard_normal(N).astype(dtype)
-    for a, b, view in (((M, K), (K, N), lambda x: x), ((K, M), (N, K), lambda x: x.T),
-                       ((2 * M, 3 * K), (2 * K, 3 * N), lambda x: x[::2, 1::3])):
-        a, b = (rng.standard_normal(shape).astype(dtype) for shape in (a, b))
-        out = gpu.product(view(nn.xp.asarray(a)), view(nn.xp.asarray(b)), nn.xp.asarray(bias))
-        assert out.dtype == dtype and out.flags.c_contiguous
-        assert error(out, view(a).astype(np.float64) @ view(b) + bias) < bound
-        out = gpu.product(view(nn.xp.asarray(a)), view(nn.xp.asarray(b)))
-        assert error(out, view(a).astype(np.float64) @ view(b)) < bound
-
-
-def test_linear_layers_and_their_gradients(engine, rng):
-    """dense and masked, of two and three axes, against the CPU"""
-    cases = [((7, 9), (5, 9)), ((2, 4, 9), (5, 9)), ((70, 130), (65, 130))]
-    arrays = [[rng.standard_normal(s) for s in (x, w, w[:1], (*x[:-1], w[0]))] for x, w in cases]
-    mask = rng.random((65, 130)) < 0.02
-
-    def computed():
-        found = []
-        for x, w, b, g in arrays:
-            for m in (None, mask[: len(w), : w.shape[1]]):
-                x_, w_, b_ = nn.Tensor(nn.xp.asarray(x), requires_grad=True), nn.Parameter(nn.xp.array(w), m), \
-                    nn.Tensor(nn.xp.asarray(b), requires_grad=True)
-                y = nn.linear(x_, w_, b_)
-                y.backward(nn.xp.asarray(g))
-                found += [host(a) for a in (y.data, x_.grad, b_.grad)] + [host(w_.grad) * (1 if m is None else m)]
-        return found
-
-    want = computed()
-    engine(precision="fp32")
-    for ours, theirs in zip(computed(), want, strict=True):
-        assert error(ours, theirs) < 1e-14
+    for shape, dtype in (((3,), np.float32), ((2, 3, 1, 1), np.float64)):
+        total = gpu.add(nn.xp.ones(shape, dtype), nn.xp.ones(shape, dtype))
+        assert total.dtype == dtype and (host(total) == 2).all()
 
 
 def test_products_that_do_not_fit(engine):
@@ -409,30 +406,6 @@ def test_products_that_do_not_fit(engine):
                        (one((4, 9)), one((9, 5)), one(4))):
         with pytest.raises(ValueError, match="cannot be multiplied"):
             gpu.product(a, b, bias)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(300, 10), (1, 1), (7, 100), (257, 3)])
-def test_cross_entropy(engine, rng, shape, dtype):
-    """Loss, gradient, sum and correct answers as on the CPU, with ties and with logits that would overflow."""
-    gpu, labels = engine(precision="tf32"), rng.integers(0, shape[1], shape[0])
-    for logits in (rng.standard_normal(shape), rng.integers(-1, 2, shape), rng.standard_normal(shape) * 1e4):
-        logits = logits.astype(dtype)
-        loss, sums, saved = CPU.cross_entropy(logits.astype(np.float64), labels, True)
-        want = [loss, sums, CPU.cross_entropy_gradient(np.float64(3), saved)]
-        for there in (nn.xp.asarray(logits), nn.xp.asarray(logits.T.copy()).T):
-            loss, sums, saved = gpu.cross_entropy(there, nn.xp.asarray(labels), True)
-            got = [loss, sums, gpu.cross_entropy_gradient(nn.xp.asarray(3, dtype=dtype), saved)]
-            assert got[0].dtype == got[2].dtype == dtype and got[1].dtype == np.float64
-            assert float(sums[1]) == want[1][1]
-            for a, b in zip(got, want):
-                assert error(a, np.asarray(b)) < (1e-14 if dtype == np.float64 else 1e-6)
-        loss, sums, saved = gpu.cross_entropy(there, nn.xp.asarray(labels), False)
-        assert saved is None and same_bits(nn.to_host(sums), nn.to_host(got[1]))
-    with pytest.raises(AssertionError, match="int32"):
-        gpu.cross_entropy(there, nn.xp.asarray(labels.astype(np.int32)), True)
-    there[0, 0] = math.nan
-    assert np.isnan(float(gpu.cross_entropy(there, nn.xp.asarray(labels), False)[0]))
 
 
 # ---------------------------------------------------------------------------------------------- SGD
@@ -448,14 +421,11 @@ def parameters(rng, count=70):
     return values, masks
 
 
-def trained(values, masks, grads, dtype=np.float64, state=None, rates=(), **options):
-    """(values, optimiser) after steps with these gradients, where nn computes; rates: that of each step"""
+def trained(values, masks, grads, rates, dtype=np.float64, **options):
+    """(values, optimiser) after steps with these gradients and rates, where nn computes"""
     params = [nn.Parameter(nn.xp.asarray(v.astype(dtype)), mask) for v, mask in zip(values, masks)]
-    optimizer = nn.SGD(params, **options)
-    optimizer.load_state_dict(state or {})
-    for step, gs in enumerate(grads):
-        if rates:
-            optimizer.lr = rates[step]
+    optimizer = nn.SGD(params, lr=1.0, **options)
+    for optimizer.lr, gs in zip(rates, grads):
         for p, g in zip(params, gs):
             if g is not None:
                 p.accumulate(nn.xp.asarray(g.astype(dtype)))
@@ -465,20 +435,19 @@ def trained(values, masks, grads, dtype=np.float64, state=None, rates=(), **opti
 
 
 @pytest.mark.parametrize("options", [
-    dict(lr=0.1), dict(lr=0.1, weight_decay=0.01), dict(lr=0.1, momentum=0.9),
-    dict(lr=0.1, momentum=0.9, nesterov=True), dict(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)],
-    ids=lambda options: " ".join(options))
+    {}, dict(weight_decay=0.01), dict(momentum=0.9), dict(momentum=0.9, nesterov=True),
+    dict(momentum=0.9, weight_decay=0.01, nesterov=True)], ids=lambda options: " ".join(options))
 def test_sgd(engine, rng, options):
     """70 parameters, some masked, some without a gradient in one step."""
     values, masks = parameters(rng)
     grads = [[rng.standard_normal(v.shape) if i % 10 or step else None for i, v in enumerate(values)]
              for step in range(3)]
     rates = 0.1, 0.05, 0.2
-    want, optimizer = trained(values, masks, grads, rates=rates, **options)
+    want, optimizer = trained(values, masks, grads, rates, **options)
     there = optimizer.state_dict()
     engine(precision="fp32")
     for dtype, bound in ((np.float64, 5e-15), (np.float32, 2e-6)):  # of values up to 5; measured: 2e-15, 8e-7
-        got, optimizer = trained(values, masks, grads, dtype, rates=rates, **options)
+        got, optimizer = trained(values, masks, grads, rates, dtype, **options)
         for i, (ours, theirs, mask) in enumerate(zip(got, want, masks)):
             assert ours.dtype == dtype and np.abs(ours - theirs).max() < bound, i
             assert mask is None or (ours[~mask] == 0).all() and not np.signbit(ours[~mask]).any()
@@ -486,26 +455,9 @@ def test_sgd(engine, rng, options):
         assert list(state) == list(there) and bool(state) == ("momentum" in options)
         for name, velocity in state.items():
             assert velocity.ndim == 1 and np.abs(velocity - there[name]).max() < bound, name
-        again = nn.SGD(optimizer.params, **options)
+        again = nn.SGD(optimizer.params, lr=1.0, **options)
         again.load_state_dict(state)
         assert all(same_bits(v, state[name]) for name, v in again.state_dict().items())
-
-
-def test_momentum_goes_on_from_a_state_of_the_cpu(engine, rng):
-    """and the other way round, of masks of few entries too"""
-    values, _ = parameters(rng, 6)
-    masks = [rng.random(v.shape) < 0.02 for v in values]
-    grads = [[rng.standard_normal(v.shape) * m for v, m in zip(values, masks)] for _ in range(4)]
-    options = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
-    want, _ = trained(values, masks, grads, **options)
-    engine()
-    for first, then in itertools.product(("cpu", "gpu"), repeat=2):
-        nn.use_device(first)
-        half, optimizer = trained(values, masks, grads[:2], **options)
-        state = optimizer.state_dict()
-        nn.use_device(then)
-        got, _ = trained(half, masks, grads[2:], state=state, **options)
-        assert max(error(ours, theirs) for ours, theirs in zip(got, want)) < 1e-15
 
 
 # ---------------------------------------------------------------------------------------------- whole steps
@@ -693,11 +645,11 @@ def test_a_graph_is_of_one_address_shape_and_type(engine):
 
     function, x, single = gpu.compiled(work), nn.xp.arange(6.0), nn.xp.arange(6, dtype=np.float32)
     for _ in range(4):
-        for y in (x, x[:3], x[3:], x[::2], single):
+        for y in (x, x[:3], x[3:], x[::2], single, x.view(np.int64)):
             assert nn.to_host(function(y)).tolist() == nn.to_host(y * 2).tolist()
-    assert len(calls) == 5 * 3
+    assert len(calls) == 6 * 3
     x += 1
-    assert nn.to_host(function(x)).tolist() == [2, 4, 6, 8, 10, 12] and len(calls) == 15
+    assert nn.to_host(function(x)).tolist() == [2, 4, 6, 8, 10, 12] and len(calls) == 18
 
 
 def test_a_capture_that_fails_leaves_the_stream_usable(engine):
@@ -904,10 +856,9 @@ def fail(*arguments, **options):
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("fault, precision, why", [
-    ("no plan", "fp32", "float32, without tensor cores, deterministically"), ("no plan", "bf16", "bfloat16, determ"),
-    ("not built", "tf32", "float32, determ"), ("not run", "bf16", "failed: CUDNN_STATUS_EXECUTION_FAILED"),
-    ("no memory", "tf32", "failed: CUDNN_STATUS_EXECUTION_FAILED")])
-def test_a_convolution_that_cannot_be(engine, rng, monkeypatch, direction, fault, precision, why):
+    ("no plan", "fp32", "float32, without tensor cores, deterministically"), ("not built", "tf32", "float32, determ"),
+    ("not run", "bf16", "failed: CUDNN_STATUS_EXECUTION_FAILED"), ("no memory", "tf32", "failed: CUDNN_STATUS")])
+def test_a_convolution_that_cannot_be(engine, monkeypatch, direction, fault, precision, why):
     """The layer, its shapes and the direction are named, in one sentence."""
     gpu = engine(precision=precision)
     w = nn.Parameter(nn.xp.ones((6, 4, 3, 3), np.float32))
@@ -915,20 +866,16 @@ def test_a_convolution_that_cannot_be(engine, rng, monkeypatch, direction, fault
     x = nn.Tensor(nn.xp.ones((2, 4, 8, 8), np.float32), requires_grad=direction == "dgrad")
     w.requires_grad = direction == "wgrad"
     out = nn.sum(nn.conv2d(x, w, 2, 1)) if direction != "fprop" else None
-    if fault == "no plan":
-        monkeypatch.setattr(planner(), "plans", lambda graph, limit: iter(()))
-    elif fault == "no memory":
-        monkeypatch.setattr(gpu.convolve, "workspace", fail)
-    else:
-        name = "build_plan_at_index" if fault == "not built" else "execute_plan_at_index"
-        monkeypatch.setattr(planner().cudnn().pygraph, name, fail)
+    where, name, does = {"no plan": (planner(), "plans", lambda graph, limit: iter(())),
+                         "not built": (planner().cudnn().pygraph, "build_plan_at_index", fail),
+                         "not run": (planner().cudnn().pygraph, "execute_plan_at_index", fail),
+                         "no memory": (gpu.convolve, "workspace", fail)}[fault]
+    monkeypatch.setattr(where, name, does)
     with pytest.raises(EngineError) as caught:
         nn.conv2d(x, w, 2, 1) if out is None else out.backward()
-    text = str(caught.value)
-    assert text.startswith("block.conv1.weight: cuDNN") and "\n" not in text
-    assert f"{direction} of images (2, 4, 8, 8), weights (6, 4, 3, 3), output (2, 6, 4, 4), stride 2, padding 1" in text
-    assert why in text
-    assert ("no plan" in text) == (fault in ("no plan", "not built"))
+    assert re.fullmatch(rf"block.conv1.weight: cuDNN('s| has no plan for the) {direction} of images \(2, 4, 8, 8\), "
+                        rf"weights \(6, 4, 3, 3\), output \(2, 6, 4, 4\), stride 2, padding 1 in .*{why}.*",
+                        str(caught.value))
 
 
 def test_without_cudnn(engine, images, monkeypatch):
@@ -942,7 +889,6 @@ def test_without_cudnn(engine, images, monkeypatch):
                         r"pip install -r requirements-gpu.txt", str(caught.value))
     monkeypatch.undo()
     assert gpu.conv(nn.xp.asarray(images), w, 1, 0).shape == (2, 2, 6, 6)  # nothing of the failure is kept
-    assert (ROOT / "requirements-gpu.txt").exists()
 
 
 def chosen(gpu):
@@ -950,28 +896,28 @@ def chosen(gpu):
     return [number for _, _, number in gpu.convolve.graphs.values()]
 
 
-@pytest.mark.parametrize("which", ["last", "first"])
-def test_tuning_takes_the_fastest_plan(engine, images, monkeypatch, which):
-    gpu, ran, clock = engine(precision="tf32", tune=True), [], itertools.count(0, -1 if which == "last" else 1)
+@pytest.mark.parametrize("fastest", ["last", "first"])
+def test_tuning_takes_the_fastest_plan(engine, images, monkeypatch, fastest):
+    """once for each shape; without tuning nothing is timed"""
+    gpu, clock = engine(precision="tf32", tune=True), itertools.count(0, -1 if fastest == "last" else 1)
+    measure, ran = planner().milliseconds, []
 
     def milliseconds(work):
-        work()
+        assert 0 <= measure(work) < 1000
         ran.append(next(clock))
         return ran[-1]
 
     monkeypatch.setattr(planner(), "milliseconds", milliseconds)
     x, w = nn.xp.asarray(images), nn.xp.ones((2, 3, 3, 3), np.float32)
-    y = gpu.conv(x, w, 1, 0)
+    for _ in range(2):
+        assert (host(gpu.conv(x, w, 1, 0)) == 27).all()
     (graph, _, number), = gpu.convolve.graphs.values()
     able = list(itertools.islice(planner().plans(graph), planner().TRIED))
-    assert len(able) == len(ran) > 1 and number == able[-1 if which == "last" else 0] and (host(y) == 27).all()
+    assert len(able) == len(ran) > 1 and number == able[-1 if fastest == "last" else 0]
     assert sum(w.size for w in gpu.convolve.workspaces) <= graph.get_workspace_size_plan_at_index(number)
-    gpu.conv(x, w, 1, 0)
-    assert len(ran) == len(able) and len(gpu.convolve.graphs) == 1  # once for each shape
     plain = engine(precision="tf32")
-    monkeypatch.setattr(planner(), "milliseconds", fail)  # without tune nothing is timed
     plain.conv(x, w, 1, 0)
-    assert chosen(plain) == able[:1]
+    assert chosen(plain) == able[:1] and len(ran) == len(able)
 
 
 def test_a_plan_that_cannot_be_run_is_not_taken(engine, images, monkeypatch):
@@ -1001,61 +947,32 @@ def test_more_entries_than_kernels_count(engine):
         module().launch("add_images", np.float32, 2**32)
 
 
-def test_milliseconds(engine):
-    engine()
-    x, calls = nn.xp.zeros(3), []
-    least = planner().milliseconds(lambda: calls.append(x + 1), rounds=4)
-    assert len(calls) == 5 and 0 <= least < 1000
-
-
 @pytest.mark.parametrize("precision, deterministic, dtype, unwanted", [
     ("fp32", True, np.float32, {"NONDETERMINISTIC", "TENSOR_CORE", "DOWN_CONVERT_INPUTS"}),
-    ("fp32", False, np.float32, {"TENSOR_CORE", "DOWN_CONVERT_INPUTS"}),
     ("tf32", True, np.float32, {"NONDETERMINISTIC"}), ("tf32", False, np.float32, None),
-    ("bf16", True, np.float32, {"NONDETERMINISTIC"}), ("fp32", True, np.float64, {"NONDETERMINISTIC"})])
+    ("fp32", True, np.float64, {"NONDETERMINISTIC"})])
 def test_plans_that_are_not_wanted(engine, images, monkeypatch, precision, deterministic, dtype, unwanted):
     """are deselected: those that add up in any order unless they may, tensor cores where float32 is meant literally"""
     gpu, told = engine(precision=precision, deterministic=deterministic), []
-    pygraph = planner().cudnn().pygraph
-    before = pygraph.deselect_numeric_notes
-
-    def deselect(self, notes):
-        told.append({note.name for note in notes})
-        return before(self, notes)
-
-    monkeypatch.setattr(pygraph, "deselect_numeric_notes", deselect)
+    monkeypatch.setattr(planner().cudnn().pygraph, "deselect_numeric_notes",
+                        lambda self, notes: told.append({note.name for note in notes}))
     convolved(gpu, nn.xp.asarray(images.astype(dtype)), nn.xp.ones((2, 3, 3, 3), dtype),
               nn.xp.ones((2, 2, 6, 6), dtype), 1, 0)
-    assert told == [unwanted] * 3 if unwanted else told == []
-    assert len(gpu.convolve.graphs) == 3
-
-
-def test_fp32_is_more_precise_than_tf32(engine, rng):
-    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((4, 16, 8, 8), (16, 16, 3, 3)))
-    want, wrong = CPU.conv(x.astype(np.float64), w.astype(np.float64), 1, 1), {}
-    for precision in ("fp32", "tf32"):
-        gpu = engine(precision=precision)
-        wrong[precision] = error(gpu.conv(nn.xp.asarray(x), nn.xp.asarray(w), 1, 1), want)
-    assert wrong["fp32"] < TOLERANCE["fp32"] < 1e-4 < wrong["tf32"] < TOLERANCE["tf32"]
+    assert told == ([unwanted] * 3 if unwanted else []) and len(gpu.convolve.graphs) == 3
 
 
 def test_a_plan_that_needs_too_much_memory_is_not_taken(engine, images, monkeypatch):
-    gpu = engine(precision="tf32")
-    pygraph, limit = planner().cudnn().pygraph, gpu.convolve.limit
-    assert limit >= planner().WORKSPACE
-    x, w = nn.xp.asarray(images), nn.xp.ones((2, 3, 3, 3), np.float32)
-    gpu.conv(x, w, 1, 0)
-    (graph, _, number), = gpu.convolve.graphs.values()
-    able = list(planner().plans(graph, limit))
-    assert number == able[0] and len(able) > 1
-    before = pygraph.get_workspace_size_plan_at_index
-    for most, want in ((limit, able[0]), (limit + 1, able[1])):
+    pygraph = planner().cudnn().pygraph
+    before, taken = pygraph.get_workspace_size_plan_at_index, []
+    for more in (0, 1):
+        gpu = engine(precision="tf32")
+        assert gpu.convolve.limit >= planner().WORKSPACE
+        gpu.convolve.limit, least = 2**20, taken[0] if taken else -1
         monkeypatch.setattr(pygraph, "get_workspace_size_plan_at_index",
-                            lambda self, i: most if i == able[0] else before(self, i))
-        assert next(planner().plans(graph, limit)) == want
-    other = engine(precision="tf32")
-    other.conv(x, w, 1, 0)
-    assert chosen(other) == [able[1]]
+                            lambda self, i: 2**20 + more if i == least else before(self, i))
+        gpu.conv(nn.xp.asarray(images), nn.xp.ones((2, 3, 3, 3), np.float32), 1, 0)
+        taken += chosen(gpu)
+    assert taken[1] > taken[0]
 
 
 def test_a_graph_outlives_larger_scratch_memory(engine, rng):
@@ -1085,9 +1002,3 @@ def test_layout_and_type_are_checked(engine, images):
         gpu.convolve("fprop", gpu.images(x, 4), nn.xp.ones((2, 3, 3, 3), np.float32), y, 1, 0, 4)
     with pytest.raises(ValueError, match="one floating type"):
         gpu.conv(nn.xp.ones((2, 3, 8, 8)), w, 1, 0)
-
-
-def test_what_a_record_says(engine):
-    said = engine(precision="bf16", deterministic=False).versions()
-    assert said.pop("gpu") and json.dumps(said)
-    assert said == {"precision": "bf16", "deterministic": False, "tuned": False}
