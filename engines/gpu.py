@@ -376,7 +376,7 @@ class Engine:
         """Memory for images of this shape as convolutions want them: that of `before` if they fit, else new."""
         if before is not None and before.shape[1:] == shape[1:] and len(before) >= shape[0]:
             return before
-        return empty(shape, self.dtype, self.padded(shape[1]))
+        return empty((max(shape[0], 1), *shape[1:]), self.dtype, self.padded(shape[1]))  # a rank's share may be empty
 
     def fill(self, x, y, images, scale, shift, labels=None, order=None, draws=None, first=0, padding=0):
         """x (size, C, H, W) and y (size,) from the places from `first` on of the order; see the kernel."""
@@ -423,7 +423,7 @@ class Batches:
         assert 0 <= part.start <= part.stop <= len(self.labels if self.order is None else self.order), part
         before, self.x = self.x, self.engine.room(self.x, (size, *self.images.shape[1:]))
         if self.x is not before:
-            self.y = cupy.empty(size, np.int64)
+            self.y = cupy.empty(len(self.x), np.int64)
         x, y = self.x[:size], self.y[:size]
         self.engine.fill(x, y, self.images, *self.factors, self.labels, self.order, self.draws, part.start,
                          self.padding)
