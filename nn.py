@@ -99,11 +99,8 @@ class Tensor:
     def __init__(self, data, requires_grad=False):
         if not isinstance(data, xp.ndarray):
             data = xp.asarray(data, dtype=None if hasattr(data, "dtype") else np.float32)
-        self.data = data
-        self.grad = None
-        self.requires_grad = requires_grad
-        self.parents = ()
-        self.vjp = None
+        self.data, self.grad, self.requires_grad = data, None, requires_grad
+        self.parents, self.vjp = (), None
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -221,9 +218,8 @@ def unbroadcast(g, shape):
 def operands(x, y):
     """Both as Tensors; a number takes the other's dtype, so that 0.1 * x stays as precise as x."""
     def tensor(value, other):
-        if isinstance(value, Tensor):
-            return value
-        return Tensor(value if hasattr(value, "dtype") else xp.asarray(value, dtype=other.dtype))
+        value = value if hasattr(value, "dtype") else xp.asarray(value, dtype=other.dtype)
+        return value if isinstance(value, Tensor) else Tensor(value)
 
     return tensor(x, y), tensor(y, x)
 
@@ -442,8 +438,7 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
         separate = add is not None and add.requires_grad
         return engine.batch_norm_gradients(g, x.data, positive, weight.data, saved, training, separate)
 
-    parents = (x, weight, bias) if add is None else (x, weight, bias, add)
-    return result(out, parents, vjp)
+    return result(out, (x, weight, bias) if add is None else (x, weight, bias, add), vjp)
 
 
 def max_pool2d(x, size, stride=None, padding=0):
@@ -531,14 +526,15 @@ class Module:
             yield from child.named_arrays(kind, f"{prefix}{name}.")
 
     def named_parameters(self):
-        """(dotted name, Parameter) in a fixed order: the order in which the attributes were set."""
+        """(dotted name, Parameter), in the order in which the attributes were set."""
         return self.named_arrays(Parameter)
 
     def parameters(self):
         """The Parameters in that order; from then on they know their names."""
-        for name, p in self.named_parameters():
+        named = list(self.named_parameters())
+        for name, p in named:
             p.name = name
-        return [p for _, p in self.named_parameters()]
+        return [p for _, p in named]
 
     def state_dict(self):
         """name -> NumPy array: a copy of every parameter, its mask under "name.mask", and every saved array."""
@@ -556,15 +552,13 @@ class Module:
         Raises ValueError that names what is missing, what is unexpected and what has another shape; nothing
         is changed then. Masks are taken as they come: a network becomes as sparse as the one that was saved.
         """
-        parameters, arrays = dict(self.named_parameters()), dict(self.named_arrays(xp.ndarray))
-        targets = {name: p.data for name, p in parameters.items()} | arrays
-        masks = {f"{name}.mask" for name in parameters}
+        parameters = dict(self.named_parameters())
+        targets = {name: p.data for name, p in parameters.items()} | dict(self.named_arrays(xp.ndarray))
+        known = targets | {f"{name}.mask": p.data for name, p in parameters.items()}
         wrong = [f"{name} is missing" for name in targets if name not in state]
-        wrong += [f"{name} is unexpected" for name in state if name not in targets and name not in masks]
-        for name, value in state.items():
-            want = targets.get(name.removesuffix(".mask") if name in masks else name)
-            if want is not None and want.shape != np.shape(value):
-                wrong.append(f"{name} has shape {np.shape(value)} instead of {want.shape}")
+        wrong += [f"{name} is unexpected" for name in state if name not in known]
+        wrong += [f"{name} has shape {np.shape(value)} instead of {known[name].shape}" for name, value in state.items()
+                  if name in known and np.shape(value) != known[name].shape]
         if wrong:
             raise ValueError("this state does not fit the network: " + "; ".join(wrong))
         for name, target in targets.items():
@@ -583,9 +577,15 @@ class Module:
 
 
 class Layer(Module):
-    """A module with a weight that is counted (linear, convolution): it can be drawn again at a lower density."""
+    """A module with a weight (out, in, ...) that is counted: it can be drawn again at a lower density. bias (out,)"""
 
     drawing = True  # False inside skip_init()
+
+    def __init__(self, shape, bias, dtype, rng):
+        self.weight = Parameter(xp.empty(shape, dtype))
+        self.bias = Parameter(xp.empty(shape[0], dtype)) if bias else None
+        if self.drawing:
+            self.reset(rng or np.random.default_rng())
 
     def reset(self, rng, density=1.0):
         """Draw the weights from U(-b, b), b = 1 / sqrt(fan_in density), the bias likewise (PyTorch's rule with
@@ -615,11 +615,8 @@ class Linear(Layer):
     """
 
     def __init__(self, in_features, out_features, bias=True, ntk=False, dtype=np.float32, rng=None):
-        self.weight = Parameter(xp.empty((out_features, in_features), dtype))
-        self.bias = Parameter(xp.empty(out_features, dtype)) if bias else None
         self.ntk = ntk
-        if self.drawing:
-            self.reset(rng or np.random.default_rng())
+        super().__init__((out_features, in_features), bias, dtype, rng)
 
     def reset(self, rng, density=1.0):
         super().reset(rng, density)
@@ -642,11 +639,8 @@ class Conv2d(Layer):
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, dtype=np.float32,
                  rng=None):
-        self.weight = Parameter(xp.empty((out_channels, in_channels, kernel_size, kernel_size), dtype))
-        self.bias = Parameter(xp.empty(out_channels, dtype)) if bias else None
         self.stride, self.padding = stride, padding
-        if self.drawing:
-            self.reset(rng or np.random.default_rng())
+        super().__init__((out_channels, in_channels, kernel_size, kernel_size), bias, dtype, rng)
 
     def forward(self, x):
         y = conv2d(x, self.weight, self.stride, self.padding)
@@ -767,9 +761,7 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
     """
     weights = [layer.weight for _, layer in layers(model)]
     sizes = [w.size for w in weights]
-    if kept is None:
-        kept = allocate(sizes, budget, how)
-    kept = [int(k) for k in kept]
+    kept = [int(k) for k in (allocate(sizes, budget, how) if kept is None else kept)]
     if len(kept) != len(sizes) or int(np.sum(kept)) != budget or any(not 1 <= k <= s for k, s in zip(kept, sizes)):
         raise ValueError(f"kept counts {kept} do not add up to {budget:,} or do not fit layers of {sizes}")
     # What is kept or removed together: one weight, or with io_only one kernel of shape[2:].
@@ -777,13 +769,13 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
     if io_only:
         kept = whole_units(kept, units)
     for index, (_, layer) in enumerate(layers(model)):
-        w, unit = layer.weight, units[index]
+        w, unit, mask = layer.weight, units[index], None
         layer.reset(generator(seed, "weights", index), density=kept[index] / w.size)
-        w.set_mask(None)
         if kept[index] < w.size:
             mask = np.zeros(w.size // unit, bool)
             mask[generator(seed, "mask", index).choice(len(mask), kept[index] // unit, replace=False)] = True
-            w.set_mask(np.repeat(mask, unit).reshape(w.shape))  # (units,) -> (out, in, ...)
+            mask = np.repeat(mask, unit).reshape(w.shape)  # (units,) -> (out, in, ...)
+        w.set_mask(mask)
     return kept
 
 

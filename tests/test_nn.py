@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 import nn
 
@@ -62,41 +61,31 @@ def pool_case(x, *settings):
             lambda t, x: t.nn.functional.max_pool2d(x, *settings), [x])
 
 
-# Each case: a name that begins with the function's, the operation in our terms, in PyTorch's terms (t: the torch module;
-# SAME: as ours), the shapes of its inputs.
+# Each case: a name that begins with the function's, the operation in our terms, in PyTorch's terms (t: the torch
+# module; SAME: as ours), the shapes of its inputs.
 SAME = None
 CASES = [
-    ("add", lambda a, b: a + b, SAME, [(3, 4), (3, 4)]),
     ("add broadcast", lambda a, b: a + b, SAME, [(2, 3, 4), (3, 1)]),
-    ("add both broadcast", lambda a, b: a + b, SAME, [(3, 1), (1, 4)]),
-    ("add number", lambda a: a + 0.1, SAME, [(3,)]),
     ("radd number", lambda a: 0.1 + a, SAME, [(3,)]),
     ("same twice", lambda a: a + a * a, SAME, [(3, 2)]),
     ("sub", lambda a, b: a - b, SAME, [(4,), (2, 4)]),
-    ("sub number", lambda a: a - 0.1, SAME, [(4,)]),
     ("rsub number", lambda a: 0.1 - a, SAME, [(4,)]),
     ("mul", lambda a, b: a * b, SAME, [(3, 4), (4,)]),
     ("mul scalar array", lambda a, b: a * b, SAME, [(3, 4), ()]),
     ("div", lambda a, b: a / (b * b + 1), SAME, [(3, 4), (3, 1)]),
-    ("rdiv number", lambda a: 2 / (a * a + 1), SAME, [(3,)]),
-    ("power number", lambda a: a**3, SAME, [(3, 4)]),
-    ("power zero", lambda a: a**0 + a, SAME, [(3, 4)]),
+    ("power zero", lambda a: (a * 0) ** 0 + a, SAME, [(3, 4)]),
     ("power fraction", lambda a: (a * a + 1) ** -0.5, SAME, [(3, 4)]),
     ("neg", lambda a: -a, SAME, [(3, 4)]),
     ("exp", lambda a: a.exp(), SAME, [(3, 4)]),
     ("log", lambda a: (a * a + 1).log(), SAME, [(3, 4)]),
     ("relu", lambda a: a.relu(), SAME, [(30, 4)]),
     ("sum all", lambda a: a.sum(), SAME, [(3, 4)]),
-    ("sum axis", lambda a: a.sum(1), SAME, [(3, 4, 2)]),
     ("sum negative axis", lambda a: a.sum(-1), SAME, [(3, 4, 2)]),
     ("sum axes keep", lambda a: a.sum((0, 2), keepdims=True), lambda t, a: a.sum((0, 2), keepdim=True), [(3, 4, 2)]),
-    ("mean all", lambda a: a.mean(), SAME, [(3, 4)]),
     ("mean axes", lambda a: a.mean((0, 2)), SAME, [(3, 4, 2)]),
-    ("reshape", lambda a: a.reshape(2, -1), SAME, [(3, 4)]),
-    ("reshape tuple", lambda a: a.reshape((4, 3)), SAME, [(3, 4)]),
+    ("reshape", lambda a: a.reshape(2, -1).reshape((4, 3)), SAME, [(3, 4)]),
     ("transpose", lambda a: a.transpose(), lambda t, a: a.permute(2, 1, 0), [(2, 3, 4)]),
     ("transpose axes", lambda a: a.transpose(1, -1, 0), lambda t, a: a.permute(1, -1, 0), [(2, 3, 4)]),
-    ("T", lambda a: a.T, SAME, [(2, 3)]),
     ("getitem slice", lambda a: a[1:, ::2], SAME, [(3, 5)]),
     ("getitem int, new axis", lambda a: a[1, None], SAME, [(3, 5)]),
     ("getitem repeated", lambda a: a[[0, 2, 0]], SAME, [(3, 5)]),
@@ -107,8 +96,6 @@ CASES = [
     ("matmul vector left", lambda a, b: a @ b, SAME, [(4,), (2, 4, 3)]),
     ("matmul vector right", lambda a, b: a @ b, SAME, [(2, 3, 4), (4,)]),
     ("linear", lambda x, w: nn.linear(x, w), lambda t, x, w: t.nn.functional.linear(x, w), [(6, 4), (3, 4)]),
-    ("linear bias", lambda x, w, b: nn.linear(x, w, b), lambda t, x, w, b: t.nn.functional.linear(x, w, b),
-     [(6, 4), (3, 4), (3,)]),
     ("linear deep", lambda x, w, b: nn.linear(x, w, b), lambda t, x, w, b: t.nn.functional.linear(x, w, b),
      [(2, 5, 4), (3, 4), (3,)]),
     ("linear of stored-transposed input", lambda x, w, b: nn.linear(x.T, w, b),
@@ -123,28 +110,16 @@ IMAGES = [
     conv_case("conv2d 1x1, stride 2", (3, 4, 8, 8), (5, 4, 1, 1), 2),
     conv_case("conv2d 5x2, stride 3, wide padding", (2, 3, 7, 8), (4, 3, 5, 2), 3, 4),
     conv_case("conv2d in tiles", (2, 24, 8, 4), (27, 24, 3, 3), 1, 1),
-    conv_case("conv2d in tiles, no padding", (1, 25, 6, 10), (24, 25, 3, 3), 1, 0),
-    norm_case("batch_norm", (4, 3, 5, 2)),
-    norm_case("batch_norm relu", (4, 3, 5, 2), relu=True),
-    norm_case("batch_norm add", (4, 3, 5, 2), add=True),
-    norm_case("batch_norm add relu", (4, 3, 5, 2), add=True, relu=True),
+    *(norm_case(f"batch_norm {training=} {add=} {relu=}", (4, 3, 5, 2), add, training=training, relu=relu)
+      for training, add, relu in itertools.product([True, False], repeat=3)),
     norm_case("batch_norm of one image", (1, 4, 2, 3), relu=True),
     norm_case("batch_norm of single pixels", (7, 4, 1, 1), add=True),
     norm_case("batch_norm of two values", (2, 3, 1, 1), eps=0.5),
     norm_case("batch_norm of several blocks", (64, 16, 32, 16), add=True, relu=True),
-    norm_case("batch_norm, another eps", (4, 3, 5, 2), eps=0.1),
-    norm_case("batch_norm eval", (4, 3, 5, 2), training=False),
-    norm_case("batch_norm eval relu", (4, 3, 5, 2), training=False, relu=True),
-    norm_case("batch_norm eval add", (4, 3, 5, 2), training=False, add=True),
-    norm_case("batch_norm eval add relu", (4, 3, 5, 2), training=False, add=True, relu=True),
     norm_case("batch_norm eval of one value", (1, 3, 1, 1), training=False),
-    pool_case((3, 4, 6, 8), 2),
-    pool_case((3, 4, 7, 9), 2),
-    pool_case((3, 4, 7, 8), 3, 2, 1),  # ImageNet's stem
-    pool_case((3, 4, 8, 8), 3, 2, 1),
-    pool_case((2, 3, 7, 8), 3, 1, 1),
-    pool_case((2, 3, 7, 8), 5, 3, 2),
-    pool_case((2, 3, 7, 6), 2, 3),
+    *(pool_case(*settings) for settings in (
+        ((3, 4, 6, 8), 2), ((3, 4, 7, 9), 2), ((3, 4, 7, 8), 3, 2, 1), ((3, 4, 8, 8), 3, 2, 1), ((2, 3, 7, 8), 3, 1, 1),
+        ((2, 3, 7, 8), 5, 3, 2), ((2, 3, 7, 6), 2, 3))),
     ("global_avg_pool", nn.global_avg_pool, lambda t, x: x.mean((2, 3)), [(3, 5, 4, 6)]),
     ("image operations composed",
      lambda x, w, a, b: nn.global_avg_pool(batch_norm(relu=True)(nn.max_pool2d(nn.conv2d(x, w, 2, 1), 3, 2, 1), a, b)),
@@ -210,40 +185,32 @@ def test_every_operation_has_a_case():
 # ---------------------------------------------------------------------------------------------- Tensor
 
 
-def test_power_at_zero_has_the_limit_as_gradient():
-    for n, gradient in ((0, 0), (1, 1), (2, 0)):
-        x = nn.Tensor(np.zeros(2), requires_grad=True)
-        (x**n).sum().backward()
-        np.testing.assert_array_equal(x.grad, [gradient] * 2)
-
-
 def test_dtypes_are_kept_and_float32_is_the_default():
     assert nn.Tensor([1, 2]).dtype == np.float32 and nn.Tensor(3.0).dtype == np.float32
     assert nn.Tensor(np.arange(3)).dtype == np.arange(3).dtype
-    half = nn.Tensor(np.ones(3))
-    assert (half * 0.1).data[0] == 0.1  # not float32's 0.1
+    x = nn.Tensor(np.ones(3), requires_grad=True)
+    assert (x * 0.1).data[0] == 0.1  # not float32's 0.1
+    for out in (np.ones(3) + x, np.ones(3) * x, np.ones(3) / x, np.eye(3) @ x, np.ones(3) - x):  # array on the left
+        assert isinstance(out, nn.Tensor) and out.requires_grad
     assert (nn.Tensor(np.ones(3, np.float32)) * 0.1).dtype == np.float32
     assert nn.Linear(3, 2).weight.dtype == np.float32 and nn.Linear(3, 2, dtype=np.float64).bias.dtype == np.float64
 
 
-def test_array_on_the_left_gives_a_tensor():
-    x = nn.Tensor(np.ones(3), requires_grad=True)
-    for out in (np.ones(3) + x, np.ones(3) * x, np.ones(3) / x, np.eye(3) @ x, np.ones(3) - x):
-        assert isinstance(out, nn.Tensor) and out.requires_grad
-
-
 def test_backward_accumulates_over_graphs_and_uses_each_up():
     x = nn.Tensor(np.array([1.0, 2.0]), requires_grad=True)
-    out = (x * x).sum()
+    middle = x * x
+    out = middle.sum()
     out.backward()
     (3 * x).sum().backward()
     np.testing.assert_array_equal(x.grad, [5, 7])
-    with pytest.raises(ValueError, match="used up"):
-        out.backward()
-    with pytest.raises(ValueError, match="one number"):
-        (x * x).backward()
-    with pytest.raises(ValueError, match="requires one"):
-        nn.Tensor([1.0]).backward()
+    assert middle.vjp is None and middle.parents == () and middle.grad is None and out.parents == ()
+    with nn.no_grad():
+        assert (x * 2).parents == () and not (x * 2).requires_grad
+    for tensor, match in ((out, "used up"), (x * x, "one number"), (nn.Tensor([1.0]), "requires one")):
+        with pytest.raises(ValueError, match=match):
+            tensor.backward()
+    with pytest.raises(AssertionError, match=r"\(4,\).*\(2,\)"):
+        nn.result(x.data * 2, (x,), lambda g: (np.ones(4),)).sum().backward()
 
 
 def test_leaves_do_not_share_their_gradients():
@@ -259,40 +226,12 @@ def test_leaves_do_not_share_their_gradients():
 
 def test_backward_of_a_deep_and_a_wide_graph():
     """20,000 operations in a row would overflow a recursion; a diamond of 60 levels has 2^60 paths."""
-    x = nn.Tensor(np.ones(2), requires_grad=True)
-    y = x
-    for _ in range(20_000):
-        y = y + 1
-    y.sum().backward()
-    np.testing.assert_array_equal(x.grad, [1, 1])
-    x.grad = None
-    y = x
-    for _ in range(60):
-        y = (y + y) * 0.5
-    y.sum().backward()
-    np.testing.assert_array_equal(x.grad, [1, 1])
-
-
-def test_backward_releases_the_graph():
-    x = nn.Tensor(np.ones(3), requires_grad=True)
-    middle = x * 2
-    out = middle.sum()
-    out.backward()
-    assert middle.vjp is None and middle.parents == () and middle.grad is None and out.parents == ()
-
-
-def test_no_grad_keeps_nothing():
-    x = nn.Tensor(np.ones(3), requires_grad=True)
-    with nn.no_grad():
-        y = x * 2
-    assert not y.requires_grad and y.parents == () and (x * 2).requires_grad
-
-
-def test_a_wrong_gradient_shape_is_caught():
-    x = nn.Tensor(np.ones(3), requires_grad=True)
-    broken = nn.result(x.data * 2, (x,), lambda g: (np.ones(4),))
-    with pytest.raises(AssertionError, match=r"\(4,\).*\(3,\)"):
-        broken.sum().backward()
+    for levels, level in ((20_000, lambda y: y + 1), (60, lambda y: (y + y) * 0.5)):
+        x = y = nn.Tensor(np.ones(2), requires_grad=True)
+        for _ in range(levels):
+            y = level(y)
+        y.sum().backward()
+        np.testing.assert_array_equal(x.grad, [1, 1])
 
 
 def test_classify_counts_and_leaves_logits_alone(backend):
@@ -309,36 +248,6 @@ def test_classify_counts_and_leaves_logits_alone(backend):
 
 def test_a_function_compiled_for_the_cpu_is_itself():
     assert nn.compiled(math.exp) is math.exp
-
-
-OPERATIONS = {"+": nn.add, "*": nn.mul, "/": nn.div, "-": lambda x, y: x - y}
-
-
-@given(arrays.mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4), st.sampled_from(sorted(OPERATIONS)),
-       st.integers(0, 2**32))
-def test_broadcasting_and_its_gradients(shapes, name, seed):
-    """As NumPy broadcasts, and the gradient of each operand has its shape and is the derivative along a direction."""
-    rng = np.random.default_rng(seed)
-    (shape_x, shape_y), shape = shapes.input_shapes, shapes.result_shape
-    x, y, dx, dy = (rng.uniform(0.5, 2, s) for s in (shape_x, shape_y) * 2)
-    g = rng.standard_normal(shape)
-
-    def value(x, y):
-        return OPERATIONS[name](nn.Tensor(x, requires_grad=True), nn.Tensor(y, requires_grad=True))
-
-    tensors = nn.Tensor(x, requires_grad=True), nn.Tensor(y, requires_grad=True)
-    out = OPERATIONS[name](*tensors)
-    assert out.shape == shape
-    if not out.size:
-        return
-    np.testing.assert_array_equal(out.data, eval(f"x {name} y"))
-    out.backward(g)
-    step = 1e-6
-    up, down = (value(x + s * dx, y + s * dy).data for s in (step, -step))
-    numeric = np.sum(g * (up - down)) / 2 / step
-    exact = np.sum(tensors[0].grad * dx) + np.sum(tensors[1].grad * dy)
-    assert tensors[0].grad.shape == x.shape and tensors[1].grad.shape == y.shape
-    assert exact == pytest.approx(numeric, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -375,13 +284,12 @@ def test_what_is_not_finite_is_not_hidden(value, operation):
 def test_use_device_says_why_there_is_no_gpu():
     with pytest.raises(ValueError, match="'tpu'"):
         nn.use_device("tpu")
-    assert nn.use_device("cpu") == "cpu"
     try:
         nn.use_device("gpu")
     except RuntimeError as error:
         assert "a GPU was asked for" in str(error) and nn.xp is np
     finally:
-        nn.use_device("cpu")
+        assert nn.use_device("cpu") == "cpu"
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -399,18 +307,11 @@ def test_parameters_come_in_a_fixed_order_with_stable_names():
             self.blocks = [nn.Linear(3, 3, bias=False), nn.Sequential(nn.ReLU(), nn.Linear(3, 2))]
             self.running = np.zeros(5)
 
-        def forward(self, x):
-            return x
-
     names = ["stem.weight", "stem.bias", "blocks.0.weight", "blocks.1.1.weight", "blocks.1.1.bias"]
     net = Net()
-    assert [name for name, _ in net.named_parameters()] == names
     assert list(net.state_dict()) == names + ["running"]
     assert [name for name, _ in nn.layers(net)] == ["stem", "blocks.0", "blocks.1.1"]
-    net.eval()
-    assert not net.training and not net.blocks[1][0].training
-    net.train()
-    assert net.blocks[1][1].training
+    assert not net.eval().training and not net.blocks[1][0].training and net.train().blocks[1][1].training
 
 
 def test_state_dict_round_trip_with_masks():
@@ -418,26 +319,23 @@ def test_state_dict_round_trip_with_masks():
     nn.sparsify(one, 30, seed=1)
     state = one.state_dict()
     two.load_state_dict(state)
-    x = normal(7, 12).astype(np.float32)
-    np.testing.assert_array_equal(one(nn.Tensor(x)).data, two(nn.Tensor(x)).data)
-    assert nn.weight_count(two) == 30
+    x = nn.Tensor(normal(7, 12).astype(np.float32))
+    np.testing.assert_array_equal(one(x).data, two(x).data)
     one[1].weight.data += 1
-    assert not np.array_equal(state["1.weight"], one[1].weight.data)  # a copy, not a view
+    assert nn.weight_count(two) == 30 and not np.array_equal(state["1.weight"], one[1].weight.data)  # a copy
 
 
 def test_load_state_dict_names_every_fault_and_changes_nothing():
     net = mlp(4, 3, 2)
     before = net.state_dict()
-    state = dict(before, extra=np.zeros(1))
-    state["1.bias"] = np.zeros(7)
+    state = before | {"extra": np.zeros(1), "1.bias": np.zeros(7), "1.weight.mask": np.ones(2, bool)}
     del state["3.weight"]
     with pytest.raises(ValueError) as error:
         net.load_state_dict(state)
-    for part in ("3.weight is missing", "extra is unexpected", "1.bias has shape (7,) instead of (3,)"):
+    for part in ("3.weight is missing", "extra is unexpected", "1.bias has shape (7,) instead of (3,)",
+                 "1.weight.mask has shape (2,) instead of (3, 4)"):
         assert part in str(error.value)
     assert all(np.array_equal(before[k], v) for k, v in net.state_dict().items())
-    with pytest.raises(ValueError, match=r"mask has shape \(2,\)"):
-        net.load_state_dict(dict(before, **{"1.weight.mask": np.ones(2, bool)}))
 
 
 def test_initial_weights_have_the_scale_of_the_sparse_fan_in():
@@ -467,28 +365,16 @@ def allocate_slowly(sizes, budget):
     return kept
 
 
-def test_allocate_against_the_slow_version():
-    rng = np.random.default_rng(0)
-    for _ in range(3000):
-        sizes = [int(s) for s in rng.integers(1, rng.integers(2, 60), rng.integers(1, 9))]
-        if rng.random() < 0.3:  # ties
-            sizes = [s - s % 5 + 1 for s in sizes]
-        budget = int(rng.integers(len(sizes), sum(sizes) + 1))
-        assert nn.allocate(sizes, budget) == allocate_slowly(sizes, budget), (sizes, budget)
-
-
+@settings(max_examples=1000)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.data())
 def test_allocation(sizes, data):
-    """Exactly the budget, at least one each, and largest first: some level caps all layers, to within one weight."""
+    """Largest first as the slow version; in proportion exactly the budget, at least one each and never above size."""
     budget = data.draw(st.integers(len(sizes), sum(sizes)))
-    for how in ("largest-first", "proportional"):
-        kept = nn.allocate(sizes, budget, how)
-        assert sum(kept) == budget and all(1 <= k <= s for k, s in zip(kept, sizes))
-    kept = nn.allocate(sizes, budget)
-    cut = [k for k, s in zip(kept, sizes) if k < s]
-    assert max(cut, default=0) - min(cut, default=0) <= 1
-    assert all(k == s for k, s in zip(kept, sizes) if cut and s < min(cut))
-    assert max(kept) <= max(cut, default=max(sizes)) + 1
+    assert nn.allocate(sizes, budget) == allocate_slowly(sizes, budget)
+    kept = nn.allocate(sizes, budget, "proportional")
+    assert sum(kept) == budget and all(1 <= k <= s for k, s in zip(kept, sizes))
+    if min(share := [size * budget / sum(sizes) for size in sizes]) >= 1:
+        assert all(abs(k - exact) < 1 for k, exact in zip(kept, share))
     with pytest.raises(ValueError, match="cannot keep"):
         nn.allocate(sizes, data.draw(st.sampled_from([len(sizes) - 1, sum(sizes) + 1])))
 
@@ -496,144 +382,90 @@ def test_allocation(sizes, data):
 @given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from([1, 4, 9])), min_size=1, max_size=6), st.data())
 def test_whole_kernels(layers, data):
     """Multiples of the kernel, at least one each, never more than asked for and less by under the largest kernel."""
-    kept = [data.draw(st.integers(1, n * unit)) for n, unit in layers]
-    units = [unit for _, unit in layers]
+    kept, units = [data.draw(st.integers(1, n * unit)) for n, unit in layers], [unit for _, unit in layers]
     if sum(units) > sum(kept):
         with pytest.raises(ValueError, match="one in each layer makes"):
             nn.whole_units(kept, units)
-        return
-    whole = nn.whole_units(kept, units)
-    assert all(k % u == 0 and k >= u for k, u in zip(whole, units))
-    assert 0 <= sum(kept) - sum(whole) < max(units) * len(units)
-
-
-def test_allocate_refuses_unknown_ways():
-    with pytest.raises(ValueError, match="'random'"):
-        nn.allocate([5, 5], 5, "random")
-
-
-@pytest.mark.parametrize("width, budget", list(itertools.product((5, 8, 40, 640), (3970, 6352))))
-def test_weight_counts_of_the_mlp(width, budget):
-    net = mlp(784, width, 10, bias=False)
-    assert nn.weight_count(net) == 794 * width
-    if budget <= 794 * width:
-        kept = nn.sparsify(net, budget, seed=0)
-        assert sum(kept) == nn.weight_count(net) == budget
-        assert [layer.weight.count for _, layer in nn.layers(net)] == kept
-        assert [np.count_nonzero(layer.weight.data) for _, layer in nn.layers(net)] == kept
+    else:
+        whole = nn.whole_units(kept, units)
+        assert all(k % u == 0 and k >= u for k, u in zip(whole, units))
+        assert 0 <= sum(kept) - sum(whole) < max(units)
 
 
 def test_masks_are_uniform_and_depend_on_the_seed_alone():
-    counts = np.zeros((6, 10))
-    for seed in range(2000):
+    def sparse(seed):
         net = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 3))
         nn.sparsify(net, 30, seed, kept=[21, 9])
-        counts += net[0].weight.mask
-    # each entry is kept with probability 0.35: 700 +- 21 times
-    assert np.abs(counts - 700).max() < 5 * 21.3
-    again = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 3))
-    nn.sparsify(again, 30, seed, kept=[21, 9])
-    for a, b in zip(net.parameters(), again.parameters()):
+        return net
+
+    assert [np.count_nonzero(layer.weight.data) for layer in sparse(0)] == [21, 9] and nn.weight_count(sparse(0)) == 30
+    counts = np.sum([sparse(seed)[0].weight.mask for seed in range(2000)], 0)
+    assert np.abs(counts - 700).max() < 5 * 21.3  # each entry is kept with probability 0.35: 700 +- 21 times
+    for a, b in zip(sparse(5).parameters(), sparse(5).parameters()):
         assert a.data.tobytes() == b.data.tobytes()
-    nn.sparsify(again, 30, seed + 1, kept=[21, 9])
-    assert not np.array_equal(net[0].weight.mask, again[0].weight.mask)
+    assert not np.array_equal(sparse(5)[0].weight.mask, sparse(6)[0].weight.mask)
 
 
 def test_a_full_budget_is_the_dense_network():
     one, two = mlp(12, 7, 3), mlp(12, 7, 3)
     nn.sparsify(one, 105, seed=4)
     nn.initialize(two, seed=4)
-    assert all(p.mask is None for p in one.parameters())
-    assert all(a.data.tobytes() == b.data.tobytes() for a, b in zip(one.parameters(), two.parameters()))
-
-
-@pytest.mark.parametrize("kept", [[20, 20], [0, 30], [85, 5], [30]])
-def test_sparsify_refuses_counts_that_do_not_fit(kept):
-    with pytest.raises(ValueError):
-        nn.sparsify(mlp(12, 7, 3), 30, seed=0, kept=kept)
+    for a, b in zip(one.parameters(), two.parameters()):
+        assert a.mask is None and a.data.tobytes() == b.data.tobytes()
 
 
 def test_io_only_removes_whole_kernels():
     rng = np.random.default_rng(0)
-    for seed in range(200):
+    for seed in range(100):
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 1), nn.Linear(16, 10))
         budget = int(rng.integers(40, 8 * 27 + 16 * 72 + 128 + 160))
         kept = nn.sparsify(net, budget, seed, io_only=True)
         assert 0 <= budget - sum(kept) < 9 and sum(kept) == nn.weight_count(net)
-        for layer in net[:2]:
-            mask = layer.weight.mask
-            if mask is not None:
-                kernels = mask.reshape(*mask.shape[:2], -1)
-                assert (kernels.all(-1) | ~kernels.any(-1)).all()
+        for mask in (layer.weight.mask for layer in net[:2] if layer.weight.mask is not None):
+            assert (mask.all((2, 3)) == mask.any((2, 3))).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("kept", [900, 300, 40])  # the dense product, the CSR product, kept entries only
 @pytest.mark.parametrize("rule", [{}, dict(momentum=0.9, weight_decay=5e-4, nesterov=True)])
-def test_masked_weights_stay_exactly_zero(kept, rule, dtype):
+@pytest.mark.parametrize("make, size, kept, steps", [
+    *((lambda dtype: nn.Linear(100, 50, dtype=dtype), (20, 100), kept, 100)
+      for kept in (900, 300, 40)),  # the dense product, the CSR product, kept entries only
+    *((lambda dtype, C=C: nn.Conv2d(C, C, 3, padding=1, dtype=dtype), (2, C, 8, 8), int(density * 9 * C * C), 4)
+      for C in (8, 24) for density in (0.5, 0.02)),  # rows and tiles
+], ids=lambda value: "" if callable(value) else str(value))
+def test_masked_weights_stay_exactly_zero(make, size, kept, steps, rule, dtype):
     rng = np.random.default_rng(0)
-    net = nn.Sequential(nn.Linear(100, 50, dtype=dtype), nn.ReLU(), nn.Linear(50, 10, dtype=dtype))
-    nn.sparsify(net, kept + 100, seed=0, kept=[kept, 100])
-    start = net[0].weight.data.copy()
-    optimizer = nn.SGD(net.parameters(), lr=0.1, **rule)
-    for _ in range(200):
-        x, labels = normal(20, 100, rng=rng).astype(dtype), rng.integers(0, 10, 20)
-        nn.cross_entropy(net(nn.Tensor(x)), labels).backward()
-        assert not net[0].weight.grad[~net[0].weight.mask].any()
+    layer = make(dtype)
+    nn.sparsify(nn.Sequential(layer), kept, seed=0)
+    weight, start = layer.weight, layer.weight.data.copy()
+    optimizer = nn.SGD([p for p in (weight, layer.bias) if p is not None], lr=0.01, **rule)
+    for _ in range(steps):
+        out = layer(nn.Tensor(normal(*size, rng=rng).astype(dtype)))
+        (out * normal(*out.shape, rng=rng).astype(dtype)).sum().backward()
+        assert not weight.grad[~weight.mask].any() and weight.grad[weight.mask].all()
         optimizer.step()
         optimizer.zero_grad()
-    for layer in (net[0], net[2]):
-        assert not layer.weight.data[~layer.weight.mask].any()
-        assert layer.weight.data[layer.weight.mask].all()
-    reaches_output = net[2].weight.mask.any(axis=0)  # a hidden unit without outgoing weights has no gradient
-    trainable = net[0].weight.mask & reaches_output[:, None]
-    assert (net[0].weight.data != start)[trainable].mean() > 0.8  # training did happen
+    assert not weight.data[~weight.mask].any() and (weight.data != start)[weight.mask].all()
 
 
-@pytest.mark.parametrize("kept", [900, 300, 40])
+@pytest.mark.parametrize("kept", [900, 600, 80])
 def test_sparse_products_equal_dense_ones(backend, kept):
-    """The three ways of multiplying with a masked weight give what the zeros in a dense one give."""
+    """The three ways of multiplying with a masked weight, here one that is used twice, give what its zeros give."""
     rng = np.random.default_rng(0)
-    net = nn.Sequential(nn.Linear(100, 50, dtype=np.float64))
+    net = nn.Sequential(nn.Linear(70, 70, dtype=np.float64))
     nn.sparsify(net, kept, seed=0)
     weight, bias = net[0].weight, net[0].bias
-    x, g = nn.xp.asarray(normal(20, 100, rng=rng)), nn.xp.asarray(normal(20, 50, rng=rng))
+    x, g = nn.xp.asarray(normal(20, 70, rng=rng)), nn.xp.asarray(normal(20, 70, rng=rng))
     results = []
     for w in (weight, nn.Tensor(weight.data.copy(), requires_grad=True)):
         tensor = nn.Tensor(x, requires_grad=True)
-        out = nn.linear(tensor, w, bias)
+        out = nn.linear(nn.linear(tensor, w, bias), w, bias)
         out.backward(g)
-        results.append((out.data, tensor.grad, w.grad))
-    if backend != "cpu":  # where SGD leaves masked entries alone
-        results[0] = (*results[0][:2], results[0][2] * weight.mask)
-    for ours, dense in zip(results[0], (*results[1][:2], results[1][2] * weight.mask)):
-        np.testing.assert_allclose(nn.to_host(ours), nn.to_host(dense), rtol=1e-12, atol=1e-12)
-
-
-def test_a_shared_masked_parameter_adds_up_its_gradients():
-    w = nn.Parameter(normal(40, 40), mask=RNG.random((40, 40)) < 0.02)
-    x = nn.Tensor(normal(5, 40))
-    nn.linear(nn.linear(x, w), w).sum().backward()
-    dense = nn.Tensor(w.data.copy(), requires_grad=True)
-    nn.linear(nn.linear(x, dense), dense).sum().backward()
-    np.testing.assert_allclose(w.grad, dense.grad * w.mask, atol=1e-12)
-
-
-def test_other_operations_respect_the_mask_too():
-    for density in (0.5, 0.01):
-        w = nn.Parameter(normal(30, 30), mask=RNG.random((30, 30)) < density)
-        optimizer = nn.SGD([w], lr=0.1, momentum=0.9)
-        for _ in range(3):
-            ((w + 1) * (w + 1)).sum().backward()
-            assert not w.grad[~w.mask].any() and w.grad[w.mask].all()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert not w.data[~w.mask].any()
-
-
-def test_a_mask_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"\(3,\).*\(2, 2\)"):
-        nn.Parameter(np.ones((2, 2)), mask=np.ones(3, bool))
+        results.append([nn.to_host(a) for a in (out.data, tensor.grad, w.grad * weight.mask)])
+        if backend == "cpu" and w is weight:  # on a GPU, SGD leaves masked entries alone
+            assert not w.grad[~w.mask].any()
+    for ours, dense in zip(*results):
+        np.testing.assert_allclose(ours, dense, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------- optimiser
@@ -675,56 +507,38 @@ def test_sgd_follows_pytorch(rule, sparse):
             np.testing.assert_allclose(ours.data, theirs.detach().numpy(), rtol=1e-10, atol=1e-12)
 
 
-@given(st.tuples(st.integers(1, 6), st.integers(1, 40)), st.floats(0.01, 1), st.sampled_from([0, 0.9]),
-       st.sampled_from([0, 0.01]), st.integers(0, 2**32))
-def test_masked_weights_stay_zero_and_others_follow_the_dense_rule(shape, density, momentum, weight_decay, seed):
-    rng = np.random.default_rng(seed)
-    mask = rng.random(shape) < density
-    p, free = nn.Parameter(rng.standard_normal(shape), mask), None
-    free = nn.Parameter(p.data.copy())
-    sgd, dense = (nn.SGD([q], 0.1, momentum, weight_decay, nesterov=momentum > 0) for q in (p, free))
-    for _ in range(4):
-        g = rng.standard_normal(shape)
-        p.grad = free.grad = None
-        p.accumulate(g.copy())
-        free.accumulate(g * mask)
-        sgd.step()
-        dense.step()
-    assert not p.data[~mask].any() and p.count == mask.sum()
-    np.testing.assert_array_equal(p.data, free.data)
-
-
 def test_sgd_by_hand():
-    """Two steps of the rule, nesterov with decay, computed here in the same order: equal to the last bit."""
-    lr, momentum, decay = np.float32(0.1), 0.9, 0.01
+    """Two steps of the rule in float32, nesterov with decay, in the same order: equal to the last bit."""
+    momentum, decay = np.float32(0.9), np.float32(0.01)
     p = nn.Parameter(np.array([1.0, -2.0], np.float32))
-    optimizer = nn.SGD([p], lr=0.1, momentum=momentum, weight_decay=decay, nesterov=True)
-    w, v = p.data.copy(), None
-    for gradient in ([0.5, 0.25], [1.0, -3.0]):
-        p.grad = np.array(gradient, np.float32)
+    optimizer = nn.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
+    w, v = p.data.copy(), np.float32(0)
+    for gradient in np.float32([[0.5, 0.25], [1.0, -3.0]]):
+        p.grad = gradient.copy()
         optimizer.step()
-        g = np.array(gradient, np.float32) + np.float32(decay) * w
-        v = g if v is None else np.float32(momentum) * v + g
-        w = w - lr * (g + np.float32(momentum) * v)
+        g = gradient + decay * w
+        v = momentum * v + g
+        w = w - np.float32(0.1) * (g + momentum * v)
         np.testing.assert_array_equal(p.data, w)
 
 
 def test_sgd_state_continues_the_trajectory():
-    def trained(steps, state=None, weights=None):
-        p = nn.Parameter(np.array([1.0, -2.0, 3.0]) if weights is None else weights)
-        optimizer = nn.SGD([p], lr=0.1, momentum=0.9)
-        if state is not None:
-            optimizer.load_state_dict(state)
-        for _ in range(steps):
-            p.grad = p.data**3
-            optimizer.step()
-        return p.data, optimizer.state_dict()
-
-    whole, _ = trained(10)
-    half, state = trained(5)
-    np.testing.assert_array_equal(trained(5, state, half)[0], whole)
+    p = nn.Parameter(np.array([1.0, -2.0, 3.0]))
+    optimizer = nn.SGD([p], lr=0.1, momentum=0.9)
+    trajectory = []
+    for _ in range(10):
+        trajectory.append((p.data.copy(), optimizer.state_dict()))
+        p.grad = p.data**3
+        optimizer.step()
+    again = nn.Parameter(trajectory[5][0].copy())
+    optimizer = nn.SGD([again], lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(trajectory[5][1])
+    for _ in range(5):
+        again.grad = again.data**3
+        optimizer.step()
+    np.testing.assert_array_equal(again.data, p.data)
     with pytest.raises(ValueError, match=r"velocity.0 has shape \(2,\) instead of \(3,\)"):
-        trained(1, {"velocity.0": np.zeros(2)})
+        optimizer.load_state_dict({"velocity.0": np.zeros(2)})
 
 
 def test_sgd_state_of_a_sparse_weight_is_read_in_both_forms(backend):
@@ -746,25 +560,28 @@ def test_sgd_state_of_a_sparse_weight_is_read_in_both_forms(backend):
     assert after[0][9, 5] == 1 - (0.5 * 3 + 1) and not after[0][~mask].any()
 
 
-@pytest.mark.parametrize("wrong", [dict(lr=-1), dict(lr=1, momentum=-0.1), dict(lr=1, weight_decay=-1),
-                                   dict(lr=1, nesterov=True)])
-def test_sgd_refuses_wrong_settings(wrong):
-    with pytest.raises(ValueError):
-        nn.SGD([], **wrong)
-
-
 def test_schedules():
     assert [nn.ConstantLR(0.3)(e) for e in (0, 9)] == [0.3, 0.3]
-    steps = nn.MultiStepLR(1.0, (2, 4), gamma=0.5)
-    assert [steps(e) for e in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
-    cosine = nn.CosineLR(2.0, 10)
-    assert cosine(0) == 2 and cosine(5) == pytest.approx(1) and cosine(10) == pytest.approx(0)
+    assert [nn.MultiStepLR(1.0, (2, 4), gamma=0.5)(e) for e in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    cosine = nn.CosineLR(2.0, 8, minimum=1.0)
     torch = import_torch()
-    for ours, make in ((nn.MultiStepLR(0.1, (3, 5)), lambda o: torch.optim.lr_scheduler.MultiStepLR(o, (3, 5))),
-                       (nn.CosineLR(0.1, 8), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8))):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-        schedule = make(optimizer)
-        for epoch in range(8):
-            assert ours(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
-            optimizer.step()
-            schedule.step()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8, 1.0)
+    for epoch in range(9):
+        assert cosine(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("mistake, match", [
+    (lambda: nn.allocate([5, 5], 5, "random"), "'random'"),
+    (lambda: nn.Parameter(np.ones((2, 2)), mask=np.ones(3, bool)), r"\(3,\).*\(2, 2\)"),
+    *((lambda kept=kept: nn.sparsify(mlp(12, 7, 3), 30, seed=0, kept=kept), "do not add up to 30 or do not fit")
+      for kept in ([20, 20], [0, 30], [85, 5], [30], [-55, 85])),
+    *((lambda rule=rule: nn.SGD([], **rule), "not negative") for rule in (
+        dict(lr=-1), dict(lr=1, momentum=-0.1), dict(lr=1, weight_decay=-1))),
+    (lambda: nn.SGD([], 1, nesterov=True), "nesterov needs a momentum"),
+])
+def test_mistakes(mistake, match):
+    with pytest.raises(ValueError, match=match):
+        mistake()
