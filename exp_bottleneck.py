@@ -12,7 +12,8 @@ Linear: each 3 x 3 convolution d_i -> d_o becomes a 3 x 3 one d_i -> d_b and a 1
 between, a factorisation of rank d_b of the (9 d_i) x d_o matrix. The narrowest member has d_b = min(d_i, d_o), and
 where d_o <= d_i it can compute what the plain network can; wider ones keep its number of weights by one common
 fraction, d_b = max(1, round(f min(d_i, d_o))). Non-linear: the middle of each block has max(1, round(f d)) of its d
-channels, f such that the plain network's number of weights stays. Protocol, sparse and plain networks are those of
+channels, f such that the number of weights is the nearest to the plain network's. The stem counts as a convolution, so
+its rank is at most 3, and 1 from width 12 on at base 8. Protocol, sparse and plain networks are those of
 exp_resnet_cifar.py: their runs are shared.
 """
 

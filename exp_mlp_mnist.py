@@ -1,9 +1,10 @@
 """One hidden layer on MNIST: is a wider network better if it keeps the same number of weights? (Figures 5 and 8)
 
-    python exp_mlp_mnist.py --width 80                      one network of width 80 with the weights of width 5
+    python exp_mlp_mnist.py --width 80                      width 80 with as many weights as a dense network of width 5
     python exp_mlp_mnist.py --sweep width --jobs 2          accuracy over width at 3,970 weights, dense beside sparse
     python exp_mlp_mnist.py --sweep fig5 --jobs 2           Figure 5: width and last-layer connectivity, 3,970 weights
-    python exp_mlp_mnist.py --sweep fig8_lr, then fig8      Figure 8a: learning rates, then dense and sparse, 6,352
+    python exp_mlp_mnist.py --sweep fig8_lr                 learning rates for Figure 8, on held-out images
+    python exp_mlp_mnist.py --sweep fig8                    Figure 8a: dense and sparse networks, 6,352 weights
     python exp_mlp_mnist.py --plot fig8b                    Figure 8b: the kernel's distance from infinite width
     python exp_mlp_mnist.py --plot fig5                     a figure and its table from what is done
 
@@ -38,7 +39,8 @@ class Settings(lab.Settings):
     base_width: int = setting(5, "the network keeps as many weights as a dense one of this width", least=1)
     dense: bool = setting(False, "keep all weights of this width instead")
     last: float | None = setting(None, "connectivity of the last layer, 0 to 1 (default: as --how says)", least=0)
-    how: str = setting("largest-first", "which layers lose weights", choices=("largest-first", "proportional"))
+    how: str = setting("largest-first", "how the removed weights are divided among the layers",
+                       choices=("largest-first", "proportional"))
     activation: str = setting("relu", "of the hidden layer", choices=("relu", "linear"))
     bias: bool = setting(True, "biases, not counted as weights")
     ntk: bool = setting(False, "NTK parameterisation, as in Figure 8")
@@ -112,7 +114,7 @@ def train(run):
     @nn.compiled  # on a GPU it becomes one CUDA graph
     def step(x, labels):
         sums = 0
-        if len(labels):  # of several processes one may have no example of a small last batch
+        if len(labels):  # of several processes, one may get no example of a small last batch
             loss, sums = nn.classify(model(nn.Tensor(x)), labels)
             loss.backward()
         run.average(model)  # over processes, if mpirun started several
@@ -125,9 +127,9 @@ def train(run):
         with nn.no_grad():
             return nn.classify(model(nn.Tensor(x)), labels)[1]
 
-    for epoch in run.epochs(model, optimizer):  # records each; saves when due, and when told to stop
+    for epoch in run.epochs(model, optimizer):  # from the last checkpoint on; records each epoch, saves when due
         for x, labels in run.training_batches(dataset):
-            run.count(step(x, labels))
+            run.count(step(x, labels))  # into the epoch's training loss and accuracy; below, into the test's
         for x, labels in run.test_batches(dataset, 1000):
             run.count(test(x, labels))
 
@@ -136,9 +138,9 @@ def train(run):
 
 WIDTHS = (5, 10, 20, 40, 80, 160, 320, 640)
 LAST = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-FIG8_WIDTHS = (8, 32, 128, 216, 328, 512, 635)
+FIG8_WIDTHS = (8, 32, 128, 216, 328, 512, 635)  # at 635 the last layer takes all weights but two
 FIG8_RATES = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
-FIG8_LR = {  # (dense, width): chosen by fig8_lr
+FIG8_LR = {  # (dense, width): the best on held-out images, copied from what --plot fig8_lr prints
     (True, 8): 32.0, (True, 32): 128.0, (True, 128): 256.0, (True, 216): 256.0, (True, 328): 256.0, (True, 512): 256.0,
     (True, 635): 256.0, (False, 32): 64.0, (False, 128): 1024.0, (False, 216): 512.0, (False, 328): 2048.0,
     (False, 512): 1024.0, (False, 635): 1024.0,
@@ -220,14 +222,14 @@ def fig8b_compute(s):
 
     def measured(width):
         """Distances of networks before training: those of Figure 8, and those that keep each weight independently."""
-        trained, independent = [], []
+        of_figure_8, independent = [], []
         for seed in range(s.seed, s.seed + KERNEL_SEEDS):
             u = nn.to_host(build(replace(fig8_at(s, width, False, lr=1.0), seed=seed))[1].weight.data)
             theta = (np.maximum(x @ u.T, 0) * np.maximum(y @ u.T, 0)).sum(1) / (width * INPUTS)
-            trained.append(np.mean((theta - infinite) ** 2))
+            of_figure_8.append(np.mean((theta - infinite) ** 2))
             theta = kernels.measured_kernel(x, y, width, density(width), nn.generator(seed, "kernel", width)).diagonal()
             independent.append(np.mean((theta - infinite) ** 2))
-        return [[float(np.mean(d)), float(np.std(d, ddof=1))] for d in (trained, independent)]
+        return [[float(np.mean(d)), float(np.std(d, ddof=1))] for d in (of_figure_8, independent)]
 
     def mean_and_error(values):
         return [float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)]

@@ -1,15 +1,15 @@
-"""Are wider ResNets better at the same number of weights? (Figures 1, 6, 7, 9 to 12, 14 of the paper)
+"""Are wider ResNets better at the same number of weights? (Figures 1, 6, 7, 9, 10, 11, 12, 14)
 
-    python exp_resnet_cifar.py --width 128                          the weights of width 64 spread over width 128
-    python exp_resnet_cifar.py --sweep fig6 --jobs 2                Figures 6, 11, 12, 14: every base and width
+    python exp_resnet_cifar.py --width 128             as many weights as a dense network of width 64, in width 128
+    python exp_resnet_cifar.py --sweep fig6 --jobs 2   Figures 6, 11, 12, 14: every base and width
     python exp_resnet_cifar.py --sweep fig6 --bases 8 --widths 8,12,18,32 --epochs 15 --limit 10000    a small version
-    python exp_resnet_cifar.py --plot fig6                          a figure and its table from what is done
-    python exp_resnet_cifar.py --plot fig10                         kept weights by layer: needs no training
+    python exp_resnet_cifar.py --plot fig6             a figure and its table from what is done
+    python exp_resnet_cifar.py --plot fig10            kept weights by layer: needs no training
 
 Measured on CIFAR-10, 175,192 weights: 65.6 % at width 8, 66.6 at 12, 68.9 at 18, 68.2 at 32 (2 seeds, 10,000 images,
-15 epochs, cosine). Protocol (Section 3 of the paper): SGD, momentum 0.9, weight decay 5e-4, learning rate 0.1 times 0.1
-at epochs 50, 120 and 200 of 300 (moved in proportion with --epochs), batch 128, random crops with padding 4 and flips,
-3 seeds.
+15 epochs, cosine). Protocol (Section 3 of the paper): SGD, momentum 0.9, weight decay 5e-4, learning rate 0.1,
+multiplied by 0.1 at epochs 50, 120 and 200 of 300 (moved in proportion with --epochs), batch 128, random crops with
+padding 4 and flips, 3 seeds.
 """
 
 import math
@@ -30,15 +30,19 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "synthetic": 10}
 
 @dataclass(frozen=True)
 class Network(lab.Settings):
-    """A ResNet-18 of any width at the weights of a base, and how it is trained; for CIFAR and ImageNet."""
+    """A ResNet-18 with as many weights as a dense one of the base width, and how it is trained; for CIFAR and ImageNet.
+
+    Data, epochs, learning rate, batch, seed and where files lie are in lab.Settings. place: not part of a run's name.
+    """
 
     width: int = setting(64, "channels of the first stage; the others have 2, 4 and 8 times as many", least=1)
     base_width: int = setting(64, "the network keeps as many weights as a dense one of this width", least=1)
     dense: bool = setting(False, "keep all weights of this width instead")
-    how: str = setting("largest-first", "which layers lose weights", choices=("largest-first", "proportional"))
+    how: str = setting("largest-first", "how the removed weights are divided among the layers",
+                       choices=("largest-first", "proportional"))
     io_only: bool = setting(False, "remove whole kernels, never part of one (Figure 9)")
-    schedule: str = setting("steps", "of the learning rate: steps (times 0.1 at 1/6, 2/5 and 2/3 of the epochs), "
-                            "cosine (to 0 at the end) or constant", choices=("steps", "cosine", "constant"))
+    schedule: str = setting("steps", "of the learning rate: steps (multiplied by 0.1 at 1/6, 2/5 and 2/3 of the "
+                            "epochs), cosine (to 0 at the end) or constant", choices=("steps", "cosine", "constant"))
     momentum: float = setting(0.9, "of SGD", least=0)
     weight_decay: float = setting(5e-4, "of SGD", least=0)
     precision: str = setting("auto", "on a GPU fp32 without tensor cores, tf32 (auto), or images in bf16; a CPU has "
@@ -118,9 +122,9 @@ class BasicBlock(nn.Module):
 
 class ResNet18(nn.Module):
     """ResNet-18 for images of 32 x 32 (He et al. 2016): a 3 x 3 convolution, four stages of two basic blocks with
-    width, 2, 4 and 8 width channels, the mean over each image, a linear classifier.
+    width, 2 width, 4 width and 8 width channels, the mean over each image, a linear classifier.
 
-    All weights are there: nn.sparsify takes them away. The bottlenecks of Figure 3 replace conv, which makes the
+    It is built dense; nn.sparsify masks it. The bottlenecks of Figure 3 replace conv, which makes the
     3 x 3 convolutions, or middle, the channels inside a block of so many channels.
     """
 
@@ -129,7 +133,7 @@ class ResNet18(nn.Module):
         self.bn = nn.BatchNorm2d(width)
         self.blocks, channels_in = [], width
         for stage in range(4):
-            channels = width << stage
+            channels = width * 2**stage
             for stride in (1 if stage == 0 else 2, 1):
                 self.blocks.append(BasicBlock(channels_in, channels, stride, middle(channels), conv))
                 channels_in = channels
@@ -146,7 +150,7 @@ class ResNet18(nn.Module):
 
 
 def build(s, classes, network=ResNet18):
-    """The network of this width with the weights of the dense one of the base width, drawn from the seed."""
+    """The network of this width, with as many weights as the dense one of the base width, drawn from the seed."""
     with nn.skip_init():  # sparsify draws the weights
         model, base = network(s.width, classes), network(s.base_width, classes)
     nn.sparsify(model, nn.weight_count(base), s.seed, how=s.how, io_only=s.io_only)
@@ -170,7 +174,7 @@ def fit(run, dataset, model, test_batch=128):
     @nn.compiled  # on a GPU it becomes one CUDA graph
     def step(x, labels):
         sums = 0
-        if len(labels):  # of several processes one may have no example of a small last batch
+        if len(labels):  # of several processes, one may get no example of a small last batch
             loss, sums = nn.classify(model(nn.Tensor(x)), labels)
             loss.backward()
         run.average(model)  # over processes, if mpirun started several
@@ -183,11 +187,11 @@ def fit(run, dataset, model, test_batch=128):
         with nn.no_grad():
             return nn.classify(model(nn.Tensor(x)), labels)[1]
 
-    for epoch in run.epochs(model, optimizer):  # records each; saves when due, and when told to stop
+    for epoch in run.epochs(model, optimizer):  # from the last checkpoint on; records each epoch, saves when due
         optimizer.lr = rate(epoch)
         model.train()
         for x, labels in run.training_batches(dataset):
-            run.count(step(x, labels))
+            run.count(step(x, labels))  # into the epoch's training loss and accuracy; below, into the test's
         model.eval()
         for x, labels in run.test_batches(dataset, test_batch):
             run.count(test(x, labels))
@@ -260,7 +264,7 @@ def fig10_compute(s):
     return found
 
 
-STATED = {  # by an independent run of the paper's released code: (data set, base, width)
+STATED = {  # (data set, base, width): test accuracy of an independent run of the paper's released code
     ("cifar100", 18, 18): 70.13, ("cifar100", 18, 64): 74.27, ("svhn", 8, 8): 95.87, ("svhn", 8, 18): 96.22,
     ("svhn", 8, 64): 95.93, ("svhn", 18, 18): 96.42,
 }

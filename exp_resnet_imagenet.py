@@ -1,16 +1,16 @@
 """ResNet-18 on ImageNet: wider at the same number of weights (Table 1, Figures 1, 7, 13)
 
-    python exp_resnet_imagenet.py --prepare                       once: the copy with smallest side 256
-    python exp_resnet_imagenet.py --data imagenet-256 --width 128            the weights of width 64 in width 128
-    mpirun -n 8 python exp_resnet_imagenet.py --data imagenet-256 --width 128             every batch on 8 processes
-    mpirun -n 9 python exp_resnet_imagenet.py --data imagenet-256 --sweep table1          one network a process
-    python exp_resnet_imagenet.py --plot table1                   Table 1 and Figure 13 from what is done
+    python exp_resnet_imagenet.py --prepare                                     once: a copy of smallest side 256
+    python exp_resnet_imagenet.py --data imagenet-256 --width 128               as many weights as width 64 has
+    mpirun -n 8 python exp_resnet_imagenet.py --data imagenet-256 --width 128   every batch on 8 processes
+    mpirun -n 9 python exp_resnet_imagenet.py --data imagenet-256 --sweep table1    one network a process
+    python exp_resnet_imagenet.py --plot table1                                 Table 1 and Figure 13
 
 ImageNet lies in data/imagenet: train/<class>/*.JPEG and val/<class>/*.JPEG, or val/*.JPEG and beside it
 ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv.
 Protocol (Section 3 of the paper): SGD, momentum 0.9, weight decay 1e-4, learning rate 0.1 with a cosine over 150
 epochs, batch 256; random crops of 0.2 to 1 of the area and flips; tested on the centre 224 x 224 of the smallest side
-256. --data synthetic generates photographs, for which smaller crops (--size 64) do.
+256. --data synthetic generates photographs, for which smaller crops (--size 64) are enough.
 """
 
 import functools
@@ -39,8 +39,8 @@ class Settings(resnet.Network):
     data: str = setting("imagenet", "data set", choices=("imagenet", "imagenet-256", "synthetic"))
     batch: int = setting(256, "examples a step, of all processes together", least=2)
     epochs: int = setting(150, "passes over the training set", least=1)
-    schedule: str = setting("cosine", "of the learning rate: cosine (to 0 at the end), steps (times 0.1 at 1/6, 2/5 "
-                            "and 2/3 of the epochs) or constant", choices=("cosine", "steps", "constant"))
+    schedule: str = setting("cosine", "of the learning rate: cosine (to 0 at the end), steps (multiplied by 0.1 at "
+                            "1/6, 2/5 and 2/3 of the epochs) or constant", choices=("cosine", "steps", "constant"))
     weight_decay: float = setting(1e-4, "of SGD", least=0)
     size: int = setting(224, "height and width of the crops that the network sees", least=32)
     classes: int = setting(10, "of the synthetic photographs", least=1)
@@ -107,7 +107,7 @@ def table1_runs(s):
 
 def paper(s):
     """What Table 1 says of these settings."""
-    values = {s.width: DENSE, 64: SPARSE}.get(s.base_width, {})  # the dense network of a width is its own base
+    values = DENSE if s.width == s.base_width else SPARSE if s.base_width == 64 else {}
     return f"{values[s.width]:.2f} %" if s.papers and s.width in values else None
 
 

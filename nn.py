@@ -88,8 +88,9 @@ class Tensor:
 
     data: the array; its dtype is kept (Python numbers and lists become float32).
     grad: d(loss)/d(data) after backward(), an array of data's shape; only on leaves that require it.
-    parents, vjp: the tensors it was computed from, and the function that takes the gradient of the loss
-        with respect to data to a tuple of gradients, one for each parent (None: that parent needs none).
+    parents, vjp: the tensors it was computed from, and the vector-Jacobian product: the function that takes the
+        gradient of the loss with respect to data to a tuple of gradients, one for each parent (None: that parent
+        needs none).
     """
 
     __slots__ = ("data", "grad", "requires_grad", "parents", "vjp")
@@ -178,7 +179,7 @@ def topological_order(root):
     while stack:
         node = stack[-1]
         waiting = [p for p in node.parents if p.vjp is not None and id(p) not in done]
-        if waiting and id(node) not in done:
+        if waiting:
             stack.extend(waiting)
             continue
         stack.pop()
@@ -526,7 +527,7 @@ class Module:
             yield from child.named_arrays(kind, f"{prefix}{name}.")
 
     def named_parameters(self):
-        """(dotted name, Parameter), in the order in which the attributes were set."""
+        """(dotted name, Parameter): its own, then those of its parts, each in the order in which they were set."""
         return self.named_arrays(Parameter)
 
     def parameters(self):
