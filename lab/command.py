@@ -16,7 +16,7 @@ import numpy as np
 import nn
 from lab.figures import plot
 from lab.processes import Alone, world
-from lab.run import EXPECTED, Progress, Run, percent
+from lab.run import EXPECTED, Run, percent
 from lab.settings import UsageError, flag
 from lab.sweep import sweep, sweep_in_processes
 
@@ -53,14 +53,12 @@ def parse(experiment, argv):
     group = parser.add_argument_group("settings")
     types = typing.get_type_hints(experiment.settings)
     for f in fields(experiment.settings):
-        kind = types[f.name]
-        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # float | None -> float
-        help = f"{f.metadata['help']} (default: {f.default})" if kind is not bool else f.metadata["help"]
+        kind = (*typing.get_args(types[f.name]), types[f.name])[0]  # float | None -> float
         if kind is bool:
-            action = argparse.BooleanOptionalAction if f.default else "store_true"
-            group.add_argument(flag(f.name), action=action, default=f.default, help=help)
+            how = dict(action=argparse.BooleanOptionalAction if f.default else "store_true", help=f.metadata["help"])
         else:
-            group.add_argument(flag(f.name), type=kind, default=f.default, help=help, metavar=kind.__name__[0].upper())
+            how = dict(type=kind, metavar=kind.__name__[0].upper(), help=f"{f.metadata['help']} (default: {f.default})")
+        group.add_argument(flag(f.name), default=f.default, **how)
     given = {word.split("=")[0] for word in argv}
     if "--quick" in given:
         parser.set_defaults(**experiment.quick)
@@ -89,8 +87,7 @@ class DryRun(Run):
     SLOW = {"cpu": 0, "gpu": 3}  # steps that are slower than those that follow: compiled, planned and captured by then
 
     def epochs(self, model, optimizer):
-        self.model, self.optimizer, self.sums_of_none, self.share = model, optimizer, nn.xp.zeros(2), 1.0
-        self.progress = Progress()
+        self.optimizer = optimizer
         yield 0
         self.table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
                       f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
@@ -112,7 +109,7 @@ class DryRun(Run):
 
     def timed(self, batches):
         """Some of the batches; returns the median time of what is done with one, or of making it where that is more."""
-        times, slow, self.counted = [], self.SLOW[nn.engine.name], self.sums_of_none
+        times, slow = [], self.SLOW[nn.engine.name]
         begin = time.perf_counter()
         for batch in batches:
             yield batch
@@ -152,7 +149,7 @@ def dry_run(experiment, runs):
         if network not in estimates:
             with np.errstate(over="ignore", invalid="ignore"):
                 experiment.train(run)
-            run.model = run.optimizer = None  # the next one needs the memory
+            run.optimizer = None  # the next one needs the memory
             estimates[network] = run
         run = estimates[network]
         total, most = total + run.seconds, max(most, run.memory)
@@ -177,33 +174,33 @@ def perform(experiment, settings, todo, argv, ranks):
     if actions:
         return 0
     name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list or todo.plot
-    settings = settings.on_device(ranks.here, 1 if name else ranks.size, training=not (todo.list or todo.plot))
+    figure = experiment.figures.get(name)
+    settings = settings.on_device(ranks.here, 1 if figure else ranks.size, training=not (todo.list or todo.plot))
     if todo.plot:
         plot(experiment, name, settings, todo.metric, todo.record)
         return 0
-    if name and not experiment.figures[name].trained:
+    if figure and not figure.trained:
         raise UsageError(f"{name} needs no training; --plot {name} draws it")
-    runs = experiment.figures[name].runs(settings) if name else [settings]
-    for s in runs:
+    chosen = figure.runs(settings) if figure else [settings]
+    for s in chosen:
         s.check()
-    if todo.list:
-        for s in runs:
-            print(f"{s.run_name()}: {Run(experiment, s).status()}")
-        print(*experiment.figures[name].notes(settings),
-              f"{sum(Run(experiment, s).done() for s in runs)} of {len(runs)} runs are done", sep="\n")
-        return 0
     if todo.dry_run:
-        dry_run(experiment, runs)
+        dry_run(experiment, chosen)
         return 0
-    if not name:
-        return train_one(Run(experiment, settings, ranks))
+    runs = [Run(experiment, s, Alone() if figure else ranks) for s in chosen]
+    if not figure:
+        return train_one(*runs)
+    if todo.list:
+        print(*[f"{run.settings.run_name()}: {run.status()}" for run in runs], *figure.notes(settings),
+              f"{sum(run.done() for run in runs)} of {len(runs)} runs are done", sep="\n")
+        return 0
     if ranks.size == 1 and settings.jobs > 1 and not todo.worker:
-        failed = sweep_in_processes(min(settings.jobs, len(runs)), experiment.script, argv)
+        code = sweep_in_processes(min(settings.jobs, len(runs)), experiment.script, argv)
     else:
-        failed = 1 if sweep([Run(experiment, s) for s in runs], ranks, not todo.worker and ranks.size == 1) else 0
-    if todo.quick_figure and not failed and not todo.worker and ranks.rank == 0:
+        code = 1 if sweep(runs, ranks, not todo.worker and ranks.size == 1) else 0
+    if todo.quick_figure and not code and not todo.worker and ranks.rank == 0:
         plot(experiment, name, settings, todo.metric, record=False)
-    return failed
+    return code
 
 
 def train_one(run):
@@ -228,6 +225,8 @@ def main(experiment, argv=None):
         return perform(experiment, settings, todo, argv, ranks)
     except EXPECTED as error:
         message, code = f"{script}: {error}", 2
+    except BrokenPipeError:  # nobody reads on, as in --list fig6 | head
+        message, code = "", 1
     except OSError as error:
         mendable = isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError))  # a wrong setting
         message, code = f"{script}: {error.filename or 'a file'}: {error.strerror or error}", 2 if mendable else 1

@@ -11,7 +11,6 @@ import glob
 import hashlib
 import io
 import json
-import math
 import os
 import zipfile
 from pathlib import Path
@@ -26,9 +25,8 @@ class FileFault(Exception):
 # ---------------------------------------------------------------------------------------------- whole files
 
 
-@contextlib.contextmanager
-def whole_or_not(path):
-    """A file open for writing that gets the name `path` only when everything is written and on the disk.
+def write_whole(path, content):
+    """Write bytes or text so that `path` holds all of it, on the disk, or what it held before.
 
     Its folder must be there. An OSError names `path`.
     """
@@ -36,7 +34,7 @@ def whole_or_not(path):
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            yield file
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -62,15 +60,9 @@ def flush_folder(folder):
             os.close(opened)
 
 
-def write_whole(path, content):
-    """Write bytes or text so that `path` holds all of it or what it held before."""
-    with whole_or_not(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-def remove_leftovers(folder, name="*"):
-    """Remove what killed writers of files of this name left in a folder; call it where nobody else can be writing."""
-    for path in Path(folder).glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
+def remove_leftovers(folder, names="*"):
+    """Remove what killed writers of these files left in a folder; call it where nobody else can be writing."""
+    for path in Path(folder).glob(f".{names}.*.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -116,53 +108,19 @@ def save_arrays(arrays):
 def load_arrays(content):
     """{name: array} of what save_arrays gave. FileFault if one bit of it has changed, or a byte is missing.
 
-    NumPy by itself lets most such changes through: zip's CRC is not compared for every reader, headers not at all. A
-    seal keeps nobody from sealing other contents, so these are not trusted either: what they claim takes no memory.
+    NumPy by itself lets most such changes through: zip's CRC is not compared for every reader, headers not at all.
     """
     content = memoryview(content)
-    if len(content) < SEAL_LENGTH or content[-SEAL_LENGTH:][: len(SEAL)] != SEAL:
+    if content[-SEAL_LENGTH:][: len(SEAL)] != SEAL:
         raise FileFault("its end, with the checksum, is missing")
-    if hashlib.sha256(content[:-SEAL_LENGTH]).hexdigest().encode() != content[-64:]:
+    if content[-64:] != hashlib.sha256(content[:-SEAL_LENGTH]).hexdigest().encode():
         raise FileFault("its contents do not have the checksum that it carries")
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = archive.infolist()
-            if sum(info.file_size for info in members) > len(content):  # of which some may lie in the same place
-                raise FileFault("its members say that they are larger than all of it")
-            if len({info.filename for info in members}) < len(members):
-                raise FileFault("two of its members have the same name")
-            return {info.filename.removesuffix(".npy"): read_array(archive, info) for info in members}
-    except FileFault:
-        raise
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: np.asarray(array) for name, array in archive.items()}  # NumPy gives other members as bytes
     except Exception as error:  # zipfile and NumPy raise whatever they stumble on
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise FileFault(f"it is no archive of arrays ({reason})") from None
-
-
-def read_arrays(path, most):
-    """load_arrays of a file of at most `most` bytes."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size > most:
-            raise FileFault(f"it is larger than {most:,} bytes")
-        return load_arrays(file.read())
-
-
-def read_array(archive, info):
-    """A member of an .npz, as large as its header says; FileFault unless it holds plain numbers or texts that large."""
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-        raise FileFault(f"{info.filename} is compressed")
-    with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in header:
-            raise FileFault(f"{info.filename} is of an unknown version {version}")
-        shape, fortran, dtype = header[version](file)
-        if dtype.kind not in "biufSU":  # objects, which would be unpickled, tables, dates
-            raise FileFault(f"{info.filename} is of {dtype}")
-        size, have = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-        if size != have or min(shape, default=0) < 0:
-            raise FileFault(f"{info.filename} says {size:,} bytes in the shape {shape} and has {have:,}")
-        return np.frombuffer(bytearray(file.read()), dtype).reshape(shape, order="F" if fortran else "C")
 
 
 # ---------------------------------------------------------------------------------------------- locks
@@ -193,7 +151,7 @@ def locked(path, wait=True):
         mine = acquired(lock, -1 if wait else 0.1)  # where names cannot be exchanged, a second look takes over
     try:
         if mine:
-            remove_leftovers(path.parent, path.name)
+            remove_leftovers(path.parent, glob.escape(path.name))
         yield mine
     finally:
         if mine:

@@ -76,28 +76,29 @@ class Ranks(Alone):
         return [part.reshape(a.shape) for part, a in zip(parts, arrays)]
 
     def average(self, model, share):
+        gpu = nn.engine.name == "gpu"  # it would have to be waited for to say how many entries a mask has
+        start_sum = self.start_nccl if gpu else self.start_mpi
         pieces = []  # (array, which of its entries) of everything to be averaged, flat; masked entries stay at home
         for p in model.parameters():
             p.grad = nn.engine.parameter(nn.xp.zeros_like(p.data) if p.grad is None else p.grad)
-            # A GPU would have to be waited for to say how many entries a mask has.
-            dense = p.mask is None or nn.xp is not np
-            pieces.append((flat(p.grad), slice(None) if dense else p.mask.reshape(-1)))
+            pieces.append((flat(p.grad), slice(None) if gpu or p.mask is None else p.mask.reshape(-1)))
         pieces += [(array.reshape(-1), slice(None)) for _, array in model.named_arrays(nn.xp.ndarray)]
         pending = []  # the bucket whose sum runs while the next one is put together
         for places, total in buckets(pieces):
             total *= share
-            pending.append((places, total, self.start_sum(total)))
+            pending.append((places, total, start_sum(total)))
             if len(pending) > 1:
                 put_back(*pending.pop(0))
         for bucket in pending:
             put_back(*bucket)
 
-    def start_sum(self, array):
-        """Begin to add up `array` over ranks, in place; returns what to wait() for, or None."""
-        if nn.xp is np:
-            return self.comm.Iallreduce(self.mpi.IN_PLACE, array)
-        self.nccl.all_reduce(array, array)  # in the order of the stream: nothing to wait for
-        return None
+    def start_mpi(self, array):
+        """Begin to add up an array over ranks, in place; returns what waits until it is done."""
+        return self.comm.Iallreduce(self.mpi.IN_PLACE, array).wait
+
+    def start_nccl(self, array):
+        self.nccl.all_reduce(array, array)
+        return lambda: None  # what follows on the GPU's stream comes after it
 
     @functools.cached_property
     def nccl(self):
@@ -111,9 +112,9 @@ class Ranks(Alone):
             digest.update(f"{array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         digests = self.comm.allgather(digest.digest())
-        other = [rank for rank, d in enumerate(digests) if d != digests[0]]
-        if other:
-            raise JobError(f"{when} rank {other[0]} does not have the {what} of rank 0; all ranks need the same "
+        if len(set(digests)) > 1:
+            other = [d == digests[0] for d in digests].index(False)
+            raise JobError(f"{when} rank {other} does not have the {what} of rank 0; all ranks need the same "
                            "versions of this code, of NumPy and of the data, and the same kind of device")
 
     def wait(self):
@@ -136,28 +137,26 @@ def flat(array):
 
 def buckets(pieces):
     """Neighbouring pieces (array, which of its entries) of one type and, but for the last, at least BUCKET bytes:
-    ([(array, which, how many), ...], their entries in one array).
+    ([(array, which, where in the bucket), ...], their entries in one array).
     """
-    places, entries, filled = [], [], 0
+    places, entries, count = [], [], 0
     for array, which in pieces:
-        if places and (filled >= BUCKET or array.dtype != entries[0].dtype):
+        if entries and (count * array.itemsize >= BUCKET or array.dtype != entries[0].dtype):
             yield places, nn.xp.concatenate(entries)
-            places, entries, filled = [], [], 0
+            places, entries, count = [], [], 0
         entries.append(array[which])
-        places.append((array, which, len(entries[-1])))
-        filled += entries[-1].nbytes
-    if places:
+        end = count + len(entries[-1])
+        places.append((array, which, slice(count, end)))
+        count = end
+    if entries:
         yield places, nn.xp.concatenate(entries)
 
 
-def put_back(places, total, request):
+def put_back(places, total, wait):
     """Take the sums of a bucket, once they are there, into its arrays."""
-    if request is not None:
-        request.wait()
-    first = 0
-    for array, which, count in places:
-        array[which] = total[first : first + count]
-        first += count
+    wait()
+    for array, which, where in places:
+        array[which] = total[where]
 
 
 @functools.cache
@@ -189,6 +188,6 @@ def share_cores(local):
 
     if any(os.environ.get(name) for name in THREADS):
         return
-    cores = len(allowed := os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    bound = hasattr(os, "sched_getaffinity") and len(set().union(*local.allgather(allowed))) > cores
-    threadpool_limits(cores if bound else max(1, cores // local.size))  # bound: the launcher gave each its own
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
+    bound = len(set().union(*local.allgather(allowed))) > len(allowed)  # the launcher gave each its own
+    threadpool_limits(len(allowed) if bound else max(1, len(allowed) // local.size))

@@ -6,14 +6,13 @@ A script's train(run) holds the loop; perform() calls it, and the generators her
 """
 
 import contextlib
-import csv
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from lab.settings import UsageError
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_EVERY = 0.5  # seconds between looks at loss and accuracy (on a GPU each look waits for it)
 FORMAT = 2  # of checkpoints
+PARTS = "model", "optimizer", "progress"  # of a checkpoint
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
 
 # errors whose message says all that there is to say
@@ -47,6 +47,9 @@ class Diverged(Exception):
 class Run:
     """One training run and its folder. ranks: the processes that train it together, each calling the same methods."""
 
+    share = 1.0  # of the batch at hand, this rank's part
+    counted = 0  # sums of the batch at hand, or of the test so far
+
     def __init__(self, experiment, settings, ranks=Alone()):
         self.experiment, self.settings, self.ranks = experiment, settings, ranks
         self.folder = Path(settings.out, experiment.name, settings.data, settings.run_name())
@@ -56,21 +59,26 @@ class Run:
     def epochs(self, model, optimizer):
         """The numbers of the epochs that are left, counted from 0; after the body of each it is recorded.
 
-        Model and optimizer take the state of the last checkpoint first. After the last epoch result.json is written.
+        Model and optimizer take the state of the last checkpoint first.
         """
-        self.model, self.optimizer, self.sums_of_none = model, optimizer, nn.xp.zeros(2)
-        self.stopped = self.until_the_end.enter_context(stop_signals())  # from before the first write
-        p = self.progress = self.begin()
+        self.model, self.optimizer = model, optimizer
+        self.stopped = self.at_the_end.enter_context(stop_signals())  # from before the first write
+        progress = self.load_checkpoint()
+        if self.ranks.rank == 0:
+            remove_leftovers(self.folder)
+            self.write_config(anew=progress is None)
+        about = np.array([json.dumps(self.settings.identity()), nn.engine.name])
+        self.ranks.check_same("before training", "settings", about)
+        self.check_same_network("before training")
+        p = self.progress = progress or Progress()
         self.saved = time.monotonic()
         while p.epoch < self.settings.epochs:
-            self.clock, self.tested = time.monotonic(), (0.0, 0.0)
+            self.began, self.tested = time.monotonic() - p.seconds, (0.0, 0.0)
             yield p.epoch
-            self.count_time()
-            p.end_epoch(float(optimizer.lr), *self.tested)
-            self.check_same_network()
+            p.end_epoch(float(optimizer.lr), *self.tested, time.monotonic() - self.began)
+            self.check_same_network(f"after epoch {p.epoch}")
             if self.save_is_due() or p.epoch == self.settings.epochs:
                 self.save_checkpoint()
-        self.finish(diverged=False)
 
     def training_batches(self, dataset):
         """(x, labels) of the batches of this epoch that are left, of several ranks the share of this one, perhaps none.
@@ -79,36 +87,31 @@ class Run:
         SIGINT save and end the process. Raises Diverged once the loss is not finite.
         """
         s, p, ranks = self.settings, self.progress, self.ranks
-        count, looked = len(dataset.train_labels), time.monotonic()
         if self.bar is None:
             ranks.check_same("before training", "data", dataset.train_labels, dataset.test_labels)
-            steps = math.ceil(count / s.batch)  # an epoch
-            self.bar = self.until_the_end.enter_context(tqdm(
-                total=s.epochs * steps, initial=p.epoch * steps + p.step, unit="step", mininterval=0.5,
-                disable=None if self.show and ranks.rank == 0 else True))
+            self.bar = self.at_the_end.enter_context(self.progress_bar(dataset))
+        count, nothing, looked = len(dataset.train_labels), nn.xp.zeros(2), time.monotonic()
         for x, labels in dataset.train_batches(s.batch, s.seed, p.epoch, p.step, (ranks.rank, ranks.size)):
-            self.share, self.counted = len(labels) / min(s.batch, count - p.step * s.batch), self.sums_of_none
+            self.share, self.counted = len(labels) / min(s.batch, count - p.step * s.batch), nothing
             yield x, labels
-            sums, seen, stop = ranks.sum(self.counted, len(labels), len(self.stopped))
+            sums, seen, told = ranks.sum(self.counted, len(labels), len(self.stopped))
             p.add(nn.xp.asarray(sums), int(seen))
             self.bar.update()
             now = time.monotonic()
-            if stop or ranks.size > 1 or now - looked > LOOK_EVERY:
+            if told or ranks.size > 1 or now - looked > LOOK_EVERY:
                 looked = now
                 self.look()
-                if stop:
+                if told:
                     self.stop()
                 if self.save_is_due():
-                    self.count_time()
-                    self.save_checkpoint()
+                    self.save_amid_epoch()
         self.look()
 
     def test_batches(self, dataset, batch):
         """(x, labels) of batches of so many examples of the test set, on each rank; the sums given to count() become
         the epoch's test loss and accuracy. Signals end the process as they do in training.
         """
-        ranks, seen = self.ranks, 0
-        self.counted = self.sums_of_none
+        ranks, seen, self.counted = self.ranks, 0, nn.xp.zeros(2)
         for x, labels in dataset.test_batches(batch * ranks.size, (ranks.rank, ranks.size)):
             if any(ranks.sum(len(self.stopped))):
                 self.stop()
@@ -134,54 +137,46 @@ class Run:
         Call it while holding lock(). SIGTERM and SIGINT end it after the step at hand with a checkpoint and
         SystemExit(128 + signal). A loss that is not finite ends the run, recorded as diverged.
         """
-        self.show, self.bar, self.stopped = bar, None, []
+        self.show, self.bar, diverged = bar, None, False  # the bar is there from the first step on
         # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
-        with contextlib.ExitStack() as self.until_the_end, np.errstate(over="ignore", invalid="ignore"):
+        with contextlib.ExitStack() as self.at_the_end, np.errstate(over="ignore", invalid="ignore"):
             try:
                 self.experiment.train(self)
             except Diverged:
-                self.check_same_network()
-                self.finish(diverged=True)
+                self.check_same_network("at the end")
+                diverged = True
+            result = self.finish(diverged)
         if self.stopped:  # asked to stop after the last step: the run is done, but what would follow must not begin
             raise SystemExit(128 + self.stopped[0])
-        return self.finished
+        return result
 
-    def begin(self):
-        """Put model and optimizer where the run is, in a folder that says so; its Progress."""
-        progress = self.load_checkpoint()
-        if self.ranks.rank == 0:
-            remove_leftovers(self.folder)
-            self.write_config(anew=progress is None)
-        about = np.array(json.dumps(self.settings.identity())), np.array(nn.engine.name)
-        self.ranks.check_same("before training", "settings", *about)
-        self.progress = progress or Progress()
-        self.check_same_network("before training")
-        return self.progress
-
-    def check_same_network(self, when=None):
+    def check_same_network(self, when):
         """Raise JobError unless all ranks hold the same network."""
         if self.ranks.size > 1:
             state = [*self.model.state_dict().values(), *self.optimizer.state_dict().values()]
-            self.ranks.check_same(when or f"after epoch {self.progress.epoch}", "network", *state)
+            self.ranks.check_same(when, "network", *state)
+
+    def progress_bar(self, dataset):
+        s, p = self.settings, self.progress
+        steps = math.ceil(len(dataset.train_labels) / s.batch)  # an epoch
+        return tqdm(total=s.epochs * steps, initial=p.epoch * steps + p.step, unit="step", mininterval=0.5,
+                    disable=None if self.show and self.ranks.rank == 0 else True)
 
     def look(self):
         """Bring the numbers on the screen up to date; Diverged if they are not finite."""
-        if not math.isfinite(self.progress.read()[0]):
+        loss, accuracy = self.progress.means()
+        if not math.isfinite(loss):
             raise Diverged
-        self.bar.set_description(self.progress.description(self.settings.epochs), refresh=False)
-
-    def count_time(self):
-        """Add what has passed since the last time to the seconds of this epoch."""
-        now = time.monotonic()
-        self.progress.seconds += now - self.clock
-        self.clock = now
+        text = f"epoch {self.progress.epoch + 1}/{self.settings.epochs} loss {loss:.3f} train {accuracy:.2%}"
+        for row in self.progress.history[-1:]:
+            text += f" test {row[COLUMNS.index('test_acc')]:.2%}"
+        self.bar.set_description(text, refresh=False)
 
     def stop(self):
         """Save and end the process, as it was asked to."""
-        self.count_time()
-        self.save_checkpoint()
+        self.save_amid_epoch()
         self.say(f"stopped in epoch {self.progress.epoch + 1}; the same command goes on from here", sys.stderr)
-        self.ranks.broadcast(None)  # no rank ends before the first has saved
+        self.ranks.wait()  # no rank ends before the first has saved
         raise SystemExit(128 + (self.stopped or [signal.SIGTERM])[0])
 
     # ------------------------------------------------------------------------------------------ what is written
@@ -197,66 +192,57 @@ class Run:
             tqdm.write(text, file)
 
     def write_config(self, anew):
-        """config.json of a run that begins; of one that goes on, where the number of ranks or the device is another."""
+        """config.json: settings and versions of the first start; of every start that changed them, ranks and device."""
         config = None if anew else self.config()
         if not isinstance(config, dict):
             config = {"settings": self.settings.identity(), "versions": versions()}
-        changed = False
         for name, value in (("ranks", self.ranks.size), ("devices", nn.engine.name)):
-            if not isinstance(config.get(name), list):
-                config[name] = []
-            if config[name][-1:] != [value]:
-                config[name].append(value)
-                changed = True
-        if changed:
-            self.write("config.json", as_json(config))
+            before = config.get(name) if isinstance(config.get(name), list) else []
+            config[name] = before if before[-1:] == [value] else [*before, value]
+        self.write("config.json", as_json(config))
 
     def save_is_due(self):
         return time.monotonic() - self.saved >= self.settings.save_every
+
+    def save_amid_epoch(self):
+        self.progress.seconds = time.monotonic() - self.began
+        self.save_checkpoint()
 
     def save_checkpoint(self):
         """checkpoint.npz with all that a bit-identical continuation needs, then log.csv."""
         if self.ranks.rank:  # all ranks hold the same
             return
-        arrays = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        arrays |= {f"optimizer.{k}": v for k, v in self.optimizer.state_dict().items()}
-        arrays |= {f"progress.{k}": np.asarray(v, np.float64) for k, v in self.progress.state().items()}
-        arrays["settings"] = np.asarray(json.dumps(self.settings.identity()))
-        arrays["format"] = np.asarray(FORMAT)
+        arrays = {f"{part}.{name}": value for part in PARTS for name, value in getattr(self, part).state_dict().items()}
+        arrays |= {"settings": np.asarray(json.dumps(self.settings.identity())), "format": np.asarray(FORMAT)}
         self.write("checkpoint.npz", save_arrays(arrays))
         self.write_log()
         self.saved = time.monotonic()
 
     def write_log(self):
-        rows = io.StringIO()
-        writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([[int(row[0]), *map(repr, map(float, row[1:]))] for row in self.progress.history])
-        self.write("log.csv", rows.getvalue())
+        rows = [",".join([f"{row[0]:.0f}", *map(repr, row[1:])]) for row in self.progress.history]
+        self.write("log.csv", "\n".join([",".join(COLUMNS), *rows, ""]))
 
     def finish(self, diverged):
-        """Write result.json."""
-        progress = self.progress
+        """Write result.json; returns the result."""
+        rows = self.progress.history
         if diverged:
-            self.say(f"{self.settings.run_name()}: the loss is no longer finite in epoch {progress.epoch + 1}; "
+            self.say(f"{self.settings.run_name()}: the loss is no longer finite in epoch {self.progress.epoch + 1}; "
                      "recorded as diverged")
         self.write_log()  # a cut may have come between the last checkpoint and its log
         layers = [{"name": name, "shape": list(layer.weight.shape), "size": layer.weight.size,
                    "kept": layer.weight.count}
                   for name, layer in nn.layers(self.model)]
         weights = nn.weight_count(self.model)
-        column = {name: [float(row[i]) for row in progress.history] for i, name in enumerate(COLUMNS)}
         result = {"weights": weights, "connectivity": weights / sum(layer["size"] for layer in layers),
                   "layers": layers, "diverged": diverged}
-        for part in ("test", "train"):
-            accuracies = column[f"{part}_acc"]
-            result[f"best_{part}_acc"] = max(accuracies, default=None)
-            result[f"final_{part}_acc"] = accuracies[-1] if accuracies else None
-        result |= {"epochs": len(progress.history), "seconds": sum(column["seconds"]), "config": self.config()}
+        for name in ("test_acc", "train_acc"):
+            accuracies = [row[COLUMNS.index(name)] for row in rows] or [None]
+            result |= {f"best_{name}": max(accuracies), f"final_{name}": accuracies[-1]}
+        result |= {"epochs": len(rows), "seconds": sum(row[-1] for row in rows), "config": self.config()}
         if self.ranks.rank == 0:
             (self.folder / "failed.json").unlink(missing_ok=True)
         self.write("result.json", as_json(result))  # last: with it, the run is done
-        self.finished = result
+        return result
 
     def record_failure(self, error):
         """Leave failed.json beside what the run has; returns the failure as one line."""
@@ -302,11 +288,10 @@ class Run:
             return f"done: test {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final"
         if failure:
             return f"failed: {failure.get('error') if isinstance(failure, dict) else failure}"
-        try:
-            with open(self.folder / "log.csv", "rb") as log:
-                return f"begun: {sum(1 for _ in log) - 1} of {self.settings.epochs} epochs"
-        except FileNotFoundError:
-            return "not begun"
+        with contextlib.suppress(FileNotFoundError):
+            rows = len((self.folder / "log.csv").read_bytes().splitlines()) - 1
+            return f"begun: {rows} of {self.settings.epochs} epochs"
+        return "not begun"
 
     def failure(self):
         """What tells the failure on record from any other, None without one."""
@@ -325,13 +310,10 @@ class Run:
             if (version := int(arrays.pop("format"))) != FORMAT:
                 raise FileFault(f"it is of format {version}, this program reads {FORMAT}")
             self.check_same_settings(json.loads(str(arrays.pop("settings"))), "it")
-            part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")}
-                    for p in ("model", "optimizer", "progress")}
-            wrong = [f"{name} is of {part['model'][name].dtype} instead of {array.dtype}"
-                     for name, array in self.model.state_dict().items()
-                     if name in part["model"] and part["model"][name].dtype != array.dtype]
-            if wrong:
-                raise FileFault("; ".join(wrong))
+            part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")} for p in PARTS}
+            for name, array in self.model.state_dict().items():
+                if name in part["model"] and part["model"][name].dtype != array.dtype:
+                    raise FileFault(f"{name} is of {part['model'][name].dtype} instead of {array.dtype}")
             self.model.load_state_dict(part["model"])
             self.optimizer.load_state_dict(part["optimizer"])
             return Progress(**part["progress"])
@@ -373,10 +355,11 @@ class Progress:
         self.epoch, self.step, self.seen, self.seconds = int(epoch), int(step), int(seen), float(seconds)
         self.sums = nn.xp.asarray([float(loss_sum), int(correct)])  # on the device
 
-    def state(self):
-        loss_sum, correct = self.read()
-        return dict(history=np.reshape(self.history, (-1, len(COLUMNS))), epoch=self.epoch, step=self.step,
-                    loss_sum=loss_sum, correct=correct, seen=self.seen, seconds=self.seconds)
+    def state_dict(self):
+        loss_sum, correct = nn.to_host(self.sums)
+        state = dict(history=np.reshape(self.history, (-1, len(COLUMNS))), epoch=self.epoch, step=self.step,
+                     loss_sum=loss_sum, correct=correct, seen=self.seen, seconds=self.seconds)
+        return {name: np.asarray(value, np.float64) for name, value in state.items()}
 
     def add(self, sums, seen):
         """Count one step."""
@@ -384,20 +367,13 @@ class Progress:
         self.seen += seen
         self.sums += sums
 
-    def read(self):
-        """(sum of the loss, number of correct answers)"""
-        return nn.to_host(self.sums).tolist()
+    def means(self):
+        """(loss, accuracy) over what was seen of this epoch."""
+        return [total / self.seen for total in nn.to_host(self.sums).tolist()]
 
-    def description(self, epochs):
-        loss_sum, correct = self.read()
-        return (f"epoch {self.epoch + 1}/{epochs} loss {loss_sum / self.seen:.3f} train {correct / self.seen:.2%}"
-                + (f" test {self.history[-1][COLUMNS.index('test_acc')]:.2%}" if self.history else ""))
-
-    def end_epoch(self, lr, test_loss, test_acc):
-        loss_sum, correct = self.read()
-        self.history.append([self.epoch + 1, lr, loss_sum / self.seen, correct / self.seen, test_loss, test_acc,
-                             self.seconds])
-        self.__init__(self.history, self.epoch + 1)
+    def end_epoch(self, lr, test_loss, test_acc, seconds):
+        row = [self.epoch + 1, lr, *self.means(), test_loss, test_acc, seconds]
+        self.__init__([*self.history, row], self.epoch + 1)
 
 
 @contextlib.contextmanager
@@ -430,22 +406,17 @@ def code_version():
     sources.append(ROOT / "engines" / "gpu.cu")
     content = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
-    def git(*words):
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty= with changes"]
     try:
-        changed = " with changes" if git("status", "--porcelain", "--", "*.py", "*.cu") else ""
-        return f"{content} on commit {git('rev-parse', '--short', 'HEAD')}{changed}"
+        commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or no checkout
         return content
+    return f"{content} on commit {commit}"
 
 
 def versions():
     """What a record needs to be repeated: versions and machine."""
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    processor = (re.findall(r"model name\s*: (.+)", about) or [platform.processor()])[0]
     return {"python": platform.python_version(), nn.xp.__name__: nn.xp.__version__, "code": code_version(),
             "device": nn.engine.name, **nn.engine.versions(), "processor": processor, "cores": os.cpu_count()}

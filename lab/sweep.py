@@ -39,11 +39,10 @@ def sweep(runs, ranks=Alone(), bar=True):
 
 def train(runs, bar, stopped=()):
     """Train the runs that are not done and that nobody else trains, until `stopped` fills; returns how many failed."""
-    before = [run.failure() for run in runs]
-    failed, waiting = 0, list(zip(runs, before))
-    while waiting and not stopped:
+    failed, left = 0, [(run, run.failure()) for run in runs]
+    while left and not stopped:
         busy = []
-        for run, failure in waiting:
+        for run, failure in left:
             if stopped or run.done():
                 continue
             with run.lock() as mine:
@@ -52,21 +51,24 @@ def train(runs, bar, stopped=()):
                 elif run.failure() not in (None, failure):  # of another process, meanwhile
                     failed += 1
                 elif not run.done():
-                    try:
-                        announce(run, run.perform(bar), runs)
-                    except Exception as error:
-                        failed += 1
-                        print(f"{run.settings.run_name()}: {run.record_failure(error)}", file=sys.stderr, flush=True)
-        waiting = busy
+                    failed += not succeeded(run, runs, bar)
+        left = busy
         if busy:
             time.sleep(1)
     return failed
 
 
-def announce(run, result, runs):
-    """Say that a run of a sweep is done."""
-    print(f"[{sum(r.done() for r in runs)}/{len(runs)}] {run.settings.run_name()}: "
-          f"test {percent(result['best_test_acc'])} in {result['seconds']:.0f} s", flush=True)
+def succeeded(run, runs, bar):
+    """Train a run of a sweep, and say so; whether it came to its end."""
+    name = run.settings.run_name()
+    try:
+        result = run.perform(bar)
+    except Exception as error:
+        print(f"{name}: {run.record_failure(error)}", file=sys.stderr, flush=True)
+        return False
+    print(f"[{sum(r.done() for r in runs)}/{len(runs)}] {name}: test {percent(result['best_test_acc'])} "
+          f"in {result['seconds']:.0f} s", flush=True)
+    return True
 
 
 def sweep_in_processes(jobs, script, argv):

@@ -51,17 +51,12 @@ def test_file_systems_that_cannot_flush_folders_will_do(tmp_path, monkeypatch, n
 
 
 def test_what_killed_writers_left_can_be_removed(tmp_path):
-    for name in (".file.123.tmp", ".fil*.5.tmp", ".filed.4.tmp", "file.tmp", ".file.lock"):
+    for name in (".fil*.123.tmp", ".file.4.tmp", "file.tmp", ".file.lock"):
         (tmp_path / name).touch()
-    files.remove_leftovers(tmp_path, "fil*")
-    assert len(os.listdir(tmp_path)) == 4
-    files.remove_leftovers(tmp_path, "file")
-    assert sorted(os.listdir(tmp_path)) == [".file.lock", ".filed.4.tmp", "file.tmp"]
+    with files.locked(tmp_path / "fil*"):
+        assert sorted(os.listdir(tmp_path)) == [".fil*.lock", ".file.4.tmp", ".file.lock", "file.tmp"]
     files.remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".file.lock", "file.tmp"]
-    (tmp_path / ".file.1.tmp").touch()
-    with files.locked(tmp_path / "file"):
-        assert sorted(os.listdir(tmp_path)) == [".file.lock", "file.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [".fil*.lock", ".file.lock", "file.tmp"]
 
 
 @pytest.mark.parametrize("content, says", [
@@ -78,13 +73,10 @@ def test_json_that_is_none_is_named(tmp_path, content, says):
 
 
 def test_sizes_are_looked_at_before_memory_is_taken(tmp_path):
-    path = tmp_path / "large"
-    path.touch()
-    os.truncate(path, 2**36)
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 2**36)
     with pytest.raises(files.FileFault, match="has more than 67,108,864 bytes"):
-        files.read_json(path)
-    with pytest.raises(files.FileFault, match="it is larger than 1,000 bytes"):
-        files.read_arrays(path, 1000)
+        files.read_json(tmp_path / "large")
 
 
 # ---------------------------------------------------------------------------------------------- sealed arrays
@@ -108,38 +100,33 @@ def test_arrays_come_back_as_they_were():
         assert back[name].dtype == array.dtype and back[name].flags.writeable
 
 
-def test_every_truncation_is_refused(sealed_archive):
-    for end in range(len(sealed_archive)):
-        with pytest.raises(files.FileFault):
-            files.load_arrays(memoryview(sealed_archive)[:end])
-
-
-def test_flipped_bits_are_refused(sealed_archive):
-    rng, bits = random.Random(0), 8 * len(sealed_archive)
-    for bit in [*rng.sample(range(bits), 4000), *range(bits - 8 * 300, bits)]:  # each of the directory and the seal
-        flipped = bytearray(sealed_archive)
+def changes(content):
+    """Every truncation, flipped bits, bytes that come, go or change places."""
+    rng, n = random.Random(1), len(content)
+    yield from (content[:end] for end in range(n))
+    for bit in [*rng.sample(range(8 * n), 4000), *range(8 * n - 8 * 300, 8 * n)]:  # each of the directory and the seal
+        flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(files.FileFault):
-            files.load_arrays(flipped)
-
-
-def test_bytes_that_come_go_or_change_places_are_refused(sealed_archive):
-    content, rng, n = sealed_archive, random.Random(1), len(sealed_archive)
-    changes = [content + b"\0", content + content, b"\0" + content, content + content[-files.SEAL_LENGTH :]]
+        yield flipped
+    yield from (content + b"\0", content + content, b"\0" + content, content + content[-files.SEAL_LENGTH :])
     for _ in range(300):
         a, b, c = sorted(rng.sample(range(n + 1), 3))
-        changes += [content[:a] + content[b:c] + content[a:b] + content[c:], content[:a] + content[b:],
-                    content[:a] + rng.randbytes(b - a) + content[b:]]
-    for changed in changes:
-        if changed != content:
-            with pytest.raises(files.FileFault):
+        yield content[:a] + content[b:c] + content[a:b] + content[c:]
+        yield content[:a] + content[b:]
+        yield content[:a] + rng.randbytes(b - a) + content[b:]
+
+
+def test_whatever_has_changed_is_refused(sealed_archive):
+    for changed in changes(sealed_archive):
+        if changed != sealed_archive:
+            with pytest.raises(files.FileFault, match="checksum"):
                 files.load_arrays(changed)
 
 
-def zipped(*members, kind=zipfile.ZIP_STORED):
+def zipped(*members):
     """A zip archive of (name, content)."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", kind) as file:
+    with zipfile.ZipFile(stream, "w") as file:
         for name, content in members:
             file.writestr(name, content)
     return stream.getvalue()
@@ -157,27 +144,10 @@ def header(claim, dtype="<f8"):
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
 
 
-def npy(array, **options):
+def npy(array):
     stream = io.BytesIO()
-    np.save(stream, array, **options)
+    np.save(stream, array)
     return stream.getvalue()
-
-
-def overlapping():
-    """Two names for the same place: many of these would be many times the archive's size."""
-    content = bytearray(zipped(("a.npy", npy(np.zeros(99))), ("b.npy", npy(np.zeros(99)))))
-    second = content.rindex(b"PK\1\2")
-    content[second + 42 : second + 46] = bytes(4)
-    content[second + 46 : second + 47] = b"a"
-    return bytes(content)
-
-
-def directory_says(at, field):
-    """An archive of one array in whose directory this field is changed."""
-    content = bytearray(zipped(("a.npy", npy(np.zeros(9)))))
-    at += content.rindex(b"PK\1\2")
-    content[at : at + len(field)] = field
-    return bytes(content)
 
 
 class Trap:
@@ -190,62 +160,12 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-ONE = npy(np.arange(3.0))
-RESEALED = {  # contents that somebody sealed anew, what is said of them
-    "nothing": (b"PK\5\6" + bytes(18), None),
-    "garbage": (b"garbage" * 50, "is no archive of arrays"),
-    "cut": (zipped(("a.npy", ONE))[5:], "is no archive of arrays"),
-    "no array": (zipped(("a.npy", b"hello")), "is no archive of arrays"),
-    "empty member": (zipped(("a.npy", b"")), "is no archive of arrays"),
-    "compressed": (zipped(("a.npy", ONE), kind=zipfile.ZIP_DEFLATED), "a.npy is compressed"),
-    "compressed bomb": (zipped(("a.npy", bytes(2**24)), kind=zipfile.ZIP_BZIP2), "larger than all of it"),
-    "name twice": (b"%s", "two of its members have the same name"),
-    "same place": (overlapping(), "same name|Overlapped|is no archive"),
-    "said to be compressed": (directory_says(10, b"\x0e\0"), "a.npy is compressed"),
-    "unequal sizes": (directory_says(20, struct.pack("<I", 2**31)), "a.npy is compressed"),
-    "objects": (zipped(("a.npy", npy(np.array([{}, 1], object), allow_pickle=True))), "a.npy is of object"),
-    "table": (zipped(("a.npy", npy(np.zeros(3, [("a", "f8")])))), r"a.npy is of \[\('a', '<f8'\)\]"),
-    "table with objects": (zipped(("a.npy", header((1,), [("a", "O")]) + bytes(8))), "a.npy is of"),
-    "subarray": (zipped(("a.npy", header((1,), ("<f8", (2,))) + bytes(16))), "is no archive of arrays|a.npy is of"),
-    "subarray of 64 GiB": (zipped(("a.npy", header((1,), [("a", "<f8", (2**33,))]))), "a.npy is of|is no archive"),
-    "dates": (zipped(("a.npy", npy(np.zeros(3, "M8[s]")))), "a.npy is of datetime64"),
-    "raw bytes": (zipped(("a.npy", npy(np.zeros(3, "V8")))), "a.npy is of |V8"),
-    "64 GiB": (zipped(("a.npy", header((2**33,)))), "a.npy says 68,719,476,736 bytes in the shape"),
-    "2^128 bytes": (zipped(("a.npy", header((2**62, 2**63)))), "a.npy says"),
-    "less than nothing": (zipped(("a.npy", header((-1,)) + bytes(8))), "a.npy says -8 bytes"),
-    "less than nothing twice": (zipped(("a.npy", header((-1, -2)) + bytes(16))), r"16 bytes in the shape \(-1, -2\)"),
-    "texts of no letters": (zipped(("a.npy", header((2**40,), "<U0"))), "is no archive of arrays"),
-    "no shape": (zipped(("a.npy", header("x") + bytes(8))), "is no archive of arrays"),
-    "more than it says": (zipped(("a.npy", ONE + b"\0")), "a.npy says 24 bytes .* has 25"),
-    "less than it says": (zipped(("a.npy", ONE[:-1])), "a.npy says 24 bytes .* has 23"),
-    "version 3": (zipped(("a.npy", b"\x93NUMPY\3\0" + ONE[8:])), "unknown version"),
-    "brackets": (zipped(("a.npy", header((1,), "(" * 5000))), "is no archive of arrays"),
-    "long header": (zipped(("a.npy", header((1,))[:8] + b"\x20\x4e" + b" " * 20_000)),
-                    "is no archive of arrays .ValueError: Header"),
-    "code": (zipped(("a.npy", header((1,)).replace(b"(1,)", b"f()"))), "is no archive of arrays"),
-}
-with pytest.warns(UserWarning, match="Duplicate name"):
-    RESEALED["name twice"] = zipped(("a.npy", ONE), ("a.npy", ONE)), RESEALED["name twice"][1]
-
-
-@pytest.mark.parametrize("kind", RESEALED)
-@pytest.mark.filterwarnings("ignore")
-def test_archives_that_somebody_sealed_anew(kind):
-    content, says = RESEALED[kind]
-    if says is None:
-        assert files.load_arrays(sealed(content)) == {}
-    else:
-        with pytest.raises(files.FileFault, match=says) as error:
-            files.load_arrays(sealed(content))
-        assert "checksum" not in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_sealed_pickle_is_not_loaded(tmp_path):
-    trap = npy(np.array([Trap(tmp_path / "trapped")], object), allow_pickle=True)
-    with pytest.raises(files.FileFault, match="is of object"):
-        files.load_arrays(sealed(zipped(("a.npy", trap))))
+@pytest.mark.parametrize("content", [
+    lambda trap: npy(np.array([trap], object)), lambda trap: zipped(("a.npy", npy(np.array([trap], object)))),
+    pickle.dumps, lambda trap: b"garbage", lambda trap: zipped(("a.npy", header((3,)) + bytes(23)))])
+def test_nothing_is_unpickled_and_what_is_no_archive_is_refused_even_if_sealed(tmp_path, content):
     with pytest.raises(files.FileFault, match="is no archive of arrays"):
-        files.load_arrays(sealed(zipped(("a.npy", pickle.dumps(Trap(tmp_path / "trapped"))))))
+        files.load_arrays(sealed(content(Trap(tmp_path / "trapped"))))
     assert not list(tmp_path.iterdir())
 
 
@@ -269,11 +189,11 @@ def held(path, **options):
 
 
 def in_child(work):
-    """The process number of a child that does work()."""
+    """The process number of a child that ends with what work() returns."""
     process = os.fork()
     if not process:
         try:
-            work()
+            os._exit(work())
         finally:
             os._exit(1)
     return process
@@ -297,33 +217,30 @@ def test_one_at_a_time(tmp_path, file_system):
 
 def test_a_lock_ends_with_its_process(tmp_path, file_system):
     """However it ends, and even if nobody has asked for its exit code yet where the system has locks."""
-    path, ready = tmp_path / "file", tmp_path / "ready"
+    ready, told = os.pipe()
 
     def work():
-        with files.locked(path):
-            ready.touch()
+        with files.locked(tmp_path / "file"):
+            os.write(told, b"x")
             signal.pause()
 
     process = in_child(work)
-    while not ready.exists():
-        time.sleep(0.01)
-    assert not held(path, wait=False)
+    os.read(ready, 1)
+    assert not held(tmp_path / "file", wait=False)
     os.kill(process, signal.SIGKILL)
     os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
     if file_system is None:
-        assert held(path, wait=False)
+        assert held(tmp_path / "file", wait=False)
     os.waitpid(process, 0)
-    assert held(path, wait=False)
+    assert held(tmp_path / "file", wait=False)
 
 
 def test_waiting_for_a_lock(tmp_path, file_system):
-    path = tmp_path / "file"
-
     def work():
-        with files.locked(path) as mine:
-            os._exit(0 if mine and (tmp_path / "released").exists() else 2)
+        with files.locked(tmp_path / "file") as mine:
+            return 0 if mine and (tmp_path / "released").exists() else 2
 
-    with files.locked(path):
+    with files.locked(tmp_path / "file"):
         process = in_child(work)
         time.sleep(0.1)
         (tmp_path / "released").touch()

@@ -29,7 +29,6 @@ import exp_resnet_cifar as resnet  # noqa: E402
 import lab  # noqa: E402
 import nn  # noqa: E402
 from datasets import DataError  # noqa: E402
-from datasets.dataset import shares  # noqa: E402
 from lab import command, processes, run  # noqa: E402
 
 BESIDE = str(Path(sys.executable).parent)  # where pip puts the mpirun of a wheel
@@ -66,6 +65,12 @@ def job_resnet(*argv):
     return command.main(resnet.EXPERIMENT, argv)
 
 
+def change(module, name, around):
+    """From now on module.name does around(what it did, its arguments ...)."""
+    real = getattr(module, name)
+    setattr(module, name, lambda *args: around(real, *args))
+
+
 def job_gpu(*argv):
     """On simulated GPUs, one a rank, with MPI in the place of NCCL."""
     cupy = simulated_gpu.install()
@@ -88,38 +93,29 @@ def job_gpu(*argv):
 
 
 def job_slow(*argv):
-    """An MLP whose steps take a while; each rank leaves its process number in the folder OUT."""
-    out, real = Path(argv[argv.index("--out") + 1]), nn.SGD.step
+    """An MLP whose steps take a while, and a figure of one run; each rank leaves its process number in the folder."""
+    out = Path(argv[-1])
     out.mkdir(parents=True, exist_ok=True)
     (out / f"rank{rank()}").write_text(str(os.getpid()))
-    nn.SGD.step = lambda self: [time.sleep(0.01), real(self)]
-    return job_mlp(*argv)
-
-
-def job_slow_one(*argv):
-    """job_slow with a figure of one run."""
+    change(nn.SGD, "step", lambda real, self: [time.sleep(0.01), real(self)])
     mlp.EXPERIMENT.figures["one"] = lab.Figure("one", lambda s: [s], None)
-    return job_slow(*argv)
+    return job_mlp(*argv)
 
 
 def job_uneven(*argv):
     """Rank 1 draws other weights."""
-    real = mlp.build
-
-    def build(s):
+    def build(real, s):
         model = real(s)
         model[1].weight.data[0, 0] += rank() == 1
         return model
 
-    mlp.build = build
+    change(mlp, "build", build)
     return job_mlp(*argv)
 
 
 def job_other_data(*argv):
     """Rank 1 has fewer examples, or other labels."""
-    real = mlp.load
-
-    def load(s):
+    def load(real, s):
         dataset = real(s)
         if rank() == 1 and s.seed:
             return dataset.part(limit=100)
@@ -127,38 +123,18 @@ def job_other_data(*argv):
             return replace(dataset, train=replace(dataset.train, labels=dataset.train_labels[::-1]))
         return dataset
 
-    mlp.load = load
+    change(mlp, "load", load)
     return job_mlp(*argv)
 
 
 def job_raises(where, *argv):
-    """Rank 1 meets an error while data is loaded, or an unexpected one in a step."""
-    real_load, real_step = mlp.load, nn.SGD.step
+    """Rank 1 meets an error while data is loaded or in a step; or whoever builds the network of width 20 of a sweep."""
+    def call(real, *args):
+        if where == "build" and args[0].width == 20 or where != "build" and rank() == 1:
+            raise DataError("the disk of rank 1 is empty") if where == "load" else ZeroDivisionError(f"in {where}")
+        return real(*args)
 
-    def load(s):
-        if rank() == 1 and where == "load":
-            raise DataError("the disk of rank 1 is empty")
-        return real_load(s)
-
-    def step(self):
-        if rank() == 1 and where == "step":
-            raise ZeroDivisionError("something unexpected")
-        real_step(self)
-
-    mlp.load, nn.SGD.step = load, step
-    return job_mlp(*argv)
-
-
-def job_faulty_sweep(*argv):
-    """The run of width 20 fails unexpectedly, whichever rank has it."""
-    real = mlp.build
-
-    def build(s):
-        if s.width == 20:
-            raise ZeroDivisionError("width 20")
-        return real(s)
-
-    mlp.build = build
+    change(nn.SGD if where == "step" else mlp, where, call)
     return job_mlp(*argv)
 
 
@@ -227,9 +203,8 @@ def ended(ranks, job, *words, expect=0, **env):
 
 
 def flags(out, **settings):
-    """Command line words; out: the folder of runs."""
-    settings = dict(data="synthetic", out=out) | settings
-    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    """Command line words; the last is the folder of runs."""
+    return [*tiny.flags(out, data="synthetic", **settings)[1:], "--out", f"{out}"]
 
 
 @pytest.fixture
@@ -336,24 +311,7 @@ def test_means_over_ranks(tmp_path):
             assert np.array_equal(f[f"arr_{i + n}"], files[0][f"arr_{i + n}"])  # to the bit on all ranks
 
 
-def test_shares_of_all_ranks_are_the_batches():
-    for count, batch, ranks in ((203, 50, 1), (203, 50, 4), (7, 3, 5)):
-        parts = [list(shares(count, batch, 1, (rank, ranks))) for rank in range(ranks)]
-        for number, slices in enumerate(zip(*parts), start=1):
-            whole = [i for s in slices for i in range(count)[s]]
-            assert whole == list(range(number * batch, min(count, (number + 1) * batch)))
-            assert max(s.stop - s.start for s in slices) - min(s.stop - s.start for s in slices) <= 1
-
-
 # ---------------------------------------------------------------------------------------------- cuts and failures
-
-
-def wait_for(condition, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            pytest.fail(f"waited in vain: {communicate(process, 1)}")
-        time.sleep(0.01)
 
 
 @with_mpi
@@ -368,7 +326,7 @@ def test_a_rank_that_is_stopped_or_dies_ends_the_job_and_others_go_on_from_its_c
         before = [path.stat().st_mtime_ns for path in n.rglob("log.csv")]
         (n / "rank1").unlink(missing_ok=True)
         process = start(ranks, "slow", *flags(n, **words))
-        wait_for(lambda: (n / "rank1").exists() and
+        tiny.wait_for(lambda: (n / "rank1").exists() and
                  [path.stat().st_mtime_ns for path in n.rglob("log.csv")] not in ([], before), process)
         os.kill(int((n / "rank1").read_text()), sent)
         out, errors = communicate(process)
@@ -386,25 +344,16 @@ def test_a_rank_that_is_stopped_or_dies_ends_the_job_and_others_go_on_from_its_c
 
 
 @with_mpi
-def test_ranks_with_other_weights_are_refused(tmp_path):
-    _, errors = ended(3, "uneven", *flags(tmp_path, width=12, epochs=1), expect=2)
-    assert "before training rank 1 does not have the network of rank 0; all ranks need the same versions" in errors
-    assert "Traceback" not in errors and not list(tmp_path.rglob("checkpoint.npz"))
-
-
-@with_mpi
-@pytest.mark.parametrize("seed", [0, 1])
-def test_ranks_with_other_data_are_refused(tmp_path, seed):
-    _, errors = ended(2, "other_data", *flags(tmp_path, width=12, epochs=1, seed=seed), expect=2)
-    assert "before training rank 1 does not have the data of rank 0" in errors
-
-
-@with_mpi
-@pytest.mark.parametrize("where, code, says", [("load", 2, "the disk of rank 1 is empty"),
-                                               ("step", 1, "ZeroDivisionError: something unexpected")])
-def test_a_rank_that_fails_ends_the_job_with_its_reason(tmp_path, where, code, says):
-    _, errors = ended(2, "raises", where, *flags(tmp_path, width=12, epochs=1), expect=code)
-    assert errors.count(says) == 1
+@pytest.mark.parametrize("job, seed, code, says", [
+    (["uneven"], 0, 2, "before training rank 1 does not have the network of rank 0; all ranks need the same versions"),
+    (["other_data"], 0, 2, "before training rank 1 does not have the data of rank 0"),
+    (["other_data"], 1, 2, "before training rank 1 does not have the data of rank 0"),
+    (["raises", "load"], 0, 2, "the disk of rank 1 is empty"),
+    (["raises", "step"], 0, 1, "ZeroDivisionError: in step")])
+def test_a_rank_that_is_wrong_or_fails_ends_the_job_with_its_reason(tmp_path, job, seed, code, says):
+    _, errors = ended(2, *job, *flags(tmp_path, width=12, epochs=1, seed=seed), expect=code)
+    assert says in errors and ("Traceback" in errors) == (code == 1) and not list(tmp_path.rglob("checkpoint.npz"))
+    assert job[0] != "raises" or errors.count(says) == 1
 
 
 @with_mpi
@@ -430,9 +379,9 @@ def test_a_run_that_diverges_ends_on_all_ranks(tmp_path):
 @pytest.mark.parametrize("whom", [[0, 1, 2], pytest.param([1], marks=pytest.mark.proof)])
 def test_a_sweep_that_is_told_to_stop_saves_and_ends(tmp_path, whom):
     """Ranks that are told save and wait; the others, if any, go on to the end. Then the sweep is finished."""
-    words = [*flags(tmp_path, epochs=10, limit=200, batch=20, seeds=1), "--sweep", "width"]
+    words = ["--sweep=width", *flags(tmp_path, epochs=10, limit=200, batch=20, seeds=1)]
     process = start(3, "slow", *words)
-    wait_for(lambda: len(list(tmp_path.rglob("config.json"))) >= 3, process)
+    tiny.wait_for(lambda: len(list(tmp_path.rglob("config.json"))) >= 3, process)
     for rank in whom:
         os.kill(int((tmp_path / f"rank{rank}").read_text()), signal.SIGTERM)
     out, errors = communicate(process)
@@ -448,9 +397,9 @@ def test_a_sweep_that_is_told_to_stop_saves_and_ends(tmp_path, whom):
 @with_mpi
 def test_a_waiting_rank_does_not_end_the_others(tmp_path):
     """Two ranks of three have nothing left to do when all are told to stop: the third one's run is saved."""
-    words = [*flags(tmp_path, epochs=200, limit=200), "--sweep", "one"]
-    process = start(3, "slow_one", *words)
-    wait_for(lambda: list(tmp_path.rglob("config.json")), process)
+    words = ["--sweep=one", *flags(tmp_path, epochs=200, limit=200)]
+    process = start(3, "slow", *words)
+    tiny.wait_for(lambda: list(tmp_path.rglob("config.json")), process)
     time.sleep(0.5)
     process.terminate()  # mpirun tells all ranks
     out, errors = communicate(process)
@@ -459,15 +408,15 @@ def test_a_waiting_rank_does_not_end_the_others(tmp_path):
 
 @with_mpi
 def test_a_sweep_is_shared_and_a_failed_run_is_recorded(tmp_path):
-    words = [*flags(tmp_path, epochs=1, limit=100, seeds=1), "--sweep", "width"]
-    out, errors = ended(3, "faulty_sweep", *words, expect=1)
+    words = ["--sweep=width", *flags(tmp_path, epochs=1, limit=100, seeds=1)]
+    out, errors = ended(3, "raises", "build", *words, expect=1)
     names = re.findall(r"\[\d+/13\] (\S+): test", out)
-    failures = re.findall(r"(\S+): ZeroDivisionError: width 20", errors)
+    failures = re.findall(r"(\S+): ZeroDivisionError: in build", errors)
     assert len(set(names)) == len(names) == 11 and len(set(failures)) == len(failures) == 2, out + errors
-    out, _ = ended(2, "faulty_sweep", "--list", "width", *words[:-2])
-    assert out.count("failed: ZeroDivisionError: width 20") == 2 and out.count("11 of 13 runs are done") == 1
+    out, _ = ended(2, "raises", "build", "--list=width", *words[1:])
+    assert out.count("failed: ZeroDivisionError: in build") == 2 and out.count("11 of 13 runs are done") == 1
     failed = json.loads(next(tmp_path.rglob("failed.json")).read_text())
-    assert "in build" in "".join(failed["traceback"])
+    assert "in call" in "".join(failed["traceback"])
     out, _ = ended(2, "mlp", *words)  # what made them fail is mended
     assert len(re.findall(r"\[\d+/13\] (\S+): test", out)) == 2 and not list(tmp_path.rglob("failed.json"))
 

@@ -90,22 +90,21 @@ def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path, step):
 
 
 def test_a_stop_during_an_evaluation_saves_the_epoch_before_it(tmp_path, monkeypatch):
-    real, seen = lab.Run.test_batches, []
+    real, seen = lab.Run.count, []
 
-    def test_batches(self, *arguments):
-        for batch in real(self, *arguments):
-            seen.append(batch)
-            if len(seen) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+    def count(self, sums):
+        real(self, sums)
+        seen.append(1)
+        if len(seen) == 6:  # after 4 steps
+            os.kill(os.getpid(), signal.SIGTERM)
 
     run = run_of(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(lab.Run, "test_batches", test_batches)
+        patch.setattr(lab.Run, "count", count)
         finished(run)
-    assert len(seen) == 2 and (run.progress.epoch, run.progress.step) == (0, 4)
-    finished(run_of(tmp_path / "uncut"))
-    tiny.assert_same(finished(run).folder, tiny.remains(run_of(tmp_path / "uncut").folder))
+    assert len(seen) == 6 and (run.progress.epoch, run.progress.step) == (0, 4)
+    uncut = finished(run_of(tmp_path / "uncut"))
+    tiny.assert_same(finished(run).folder, tiny.remains(uncut.folder))
 
 
 def test_a_stop_after_the_last_evaluation_leaves_a_run_that_is_done(tmp_path, monkeypatch):

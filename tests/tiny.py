@@ -2,6 +2,7 @@
 
 import csv
 import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,3 +115,11 @@ def assert_same(out, uncut):
     assert have.keys() == uncut.keys(), (sorted(have), sorted(uncut))
     wrong = [name for name in have if have[name] != uncut[name]]
     assert not wrong, wrong
+
+
+def wait_for(condition, process, seconds=60):
+    """Until condition() holds, while this process lives."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
