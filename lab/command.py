@@ -57,7 +57,8 @@ def parse(experiment, argv):
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction if f.default else "store_true", help=f.metadata["help"])
         else:
-            how = dict(type=kind, metavar=kind.__name__[0].upper(), help=f"{f.metadata['help']} (default: {f.default})")
+            metavar = "|".join(f.metadata["choices"] or [kind.__name__[0].upper()])
+            how = dict(type=kind, metavar=metavar, help=f"{f.metadata['help']} (default: {f.default})")
         group.add_argument(flag(f.name), default=f.default, **how)
     given = {word.split("=")[0] for word in argv}
     if "--quick" in given:
@@ -210,7 +211,7 @@ def train_one(run):
         result = run.ranks.broadcast(run.result()) or run.perform()
     run.say(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
             f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "
-            f"{result['epochs']} epochs in {result['seconds']:.0f} s")
+            f"{result['epochs']} epoch{'s' * (result['epochs'] != 1)} in {result['seconds']:.0f} s")
     return 1 if result["diverged"] else 0
 
 
