@@ -116,8 +116,9 @@ def test_a_stop_after_the_last_evaluation_leaves_a_run_that_is_done(tmp_path, mo
     assert stop.value.code == 130 and [run.done() for run in runs] == [True, False]
 
 
-def test_failures_are_recorded_until_the_run_succeeds(tmp_path, capsys):
+def test_failures_are_recorded_until_the_run_succeeds(tmp_path, capsys, monkeypatch):
     faulty = [True]
+    monkeypatch.setattr("lab.sweep.time.sleep", lambda seconds: pytest.fail("waited to try again"))
 
     def build(s):
         if s.seed == 1 and faulty:

@@ -54,7 +54,7 @@ CLAIMS = {  # file: what is in it (None: 64 GiB of zeros), its reader, the sente
     "labels too large": (None, "trees.flat_labels(path.parent, [], [])", "more than 33,554,432 bytes"),
     "JPEG": (absurd_jpeg(65535, 65535), "photographs.opened(path).__enter__()", "exceeds limit"),
     "sealed 64 GiB": (sealed(zipped(("a.npy", header((2**33,))))), "files.load_arrays(path.read_bytes())",
-                      "68,719,476,736 bytes in the shape"),
+                      "is no archive of arrays"),
     "digits": (None, "drawn.kept_digits(path, (3, 1, 8, 8))", "None"),
     "marker": (None, "photographs.marked(path.parent)", "has more than 67,108,864 bytes"),
     "JSON too large": (None, "files.read_json(path)", "has more than 67,108,864 bytes"),
