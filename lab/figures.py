@@ -214,8 +214,8 @@ def plot(experiment, name, settings, metric, record):
     figure, runs = experiment.figures[name], experiment.figures[name].runs(settings)
     where = record_path(experiment, name, settings.data)
     head, rows = read_record(where) if record else readable(lambda: read_record(where)) or ({}, {})
-    others = sorted(set(RECORDS.glob(f"{experiment.name}_*.json")) - {where})  # runs recorded for another figure serve as well
-    for path in () if record else others:
+    others = sorted(set(RECORDS.glob(f"{experiment.name}_*.json")) - {where})
+    for path in () if record else others:  # runs recorded for another figure serve as well
         _, more = readable(lambda: read_record(path)) or ({}, {})
         rows = more | rows
     on_disk = [readable(Run(experiment, s).result) for s in runs]
