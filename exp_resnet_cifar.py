@@ -249,18 +249,15 @@ def fig10_runs(s):
 
 def fig10_compute(s):
     """[{"width", "layers": [name of each], "sizes": [...], "kept": [...]}] of each width."""
-    def layers_of(run, width):
-        return nn.layers(ResNet18(width, CLASSES[run.data]))
-
-    found = []
-    for run in fig10_runs(s):
-        names, layers = zip(*layers_of(run, run.width))
-        budget = sum(layer.weight.size for _, layer in layers_of(run, run.base_width))
-        sizes = [layer.weight.size for layer in layers]
-        kept = nn.allocate(sizes, budget, run.how)
-        if run.io_only:
-            kept = nn.whole_units(kept, [math.prod(layer.weight.shape[2:]) for layer in layers])
-        found.append({"width": run.width, "layers": names, "sizes": sizes, "kept": kept})
+    found, classes = [], CLASSES[s.data]
+    with nn.skip_init():  # they are only counted
+        for run in fig10_runs(s):
+            names, layers = zip(*nn.layers(ResNet18(run.width, classes)))
+            sizes = [layer.weight.size for layer in layers]
+            kept = nn.allocate(sizes, nn.weight_count(ResNet18(run.base_width, classes)), run.how)
+            if run.io_only:
+                kept = nn.whole_units(kept, [math.prod(layer.weight.shape[2:]) for layer in layers])
+            found.append({"width": run.width, "layers": names, "sizes": sizes, "kept": kept})
     return found
 
 
