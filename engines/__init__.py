@@ -18,6 +18,11 @@ Shapes, errors and formulas stand at the functions of cpu.Engine; gpu.Engine has
 """
 
 
+import numpy as np
+
+INTEGERS = int, np.integer
+
+
 class EngineError(RuntimeError):
     """Something that this machine cannot do; the message is one sentence."""
 
@@ -26,7 +31,7 @@ def output_size(x, w, stride, padding):
     """(H, W) of the convolution of arrays of shapes x and w; raises ValueError for what does not fit together."""
     if len(x) != 4 or len(w) != 4 or x[1] != w[1] or x[0] < 1:
         raise ValueError(f"conv2d takes images (N, C, H, W) and weights (O, C, kh, kw) of one C, not {x} and {w}")
-    if stride < 1 or padding < 0:
+    if not (isinstance(stride, INTEGERS) and stride >= 1 and isinstance(padding, INTEGERS) and padding >= 0):
         raise ValueError(f"conv2d takes a stride of at least 1 and a padding of at least 0, not {stride} and {padding}")
     size = tuple((n + 2 * padding - k) // stride + 1 for n, k in zip(x[2:], w[2:]))
     if min(size) < 1:
@@ -36,7 +41,8 @@ def output_size(x, w, stride, padding):
 
 def pool_size(x, size, stride, padding):
     """(H, W) of what pooling makes of images of shape x; raises ValueError unless windows of size x size fit."""
-    if size < 1 or stride < 1 or not 0 <= padding <= size // 2 or min(x[2:]) + 2 * padding < size:
+    if not all(isinstance(n, INTEGERS) for n in (size, stride, padding)) or size < 1 or stride < 1 or not (
+            0 <= padding <= size // 2) or min(x[2:]) + 2 * padding < size:
         raise ValueError(f"windows of {size}x{size} with stride {stride} and padding {padding} "
                          f"do not fit images of {x[2]}x{x[3]}")
     return tuple((n + 2 * padding - size) // stride + 1 for n in x[2:])

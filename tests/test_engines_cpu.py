@@ -211,10 +211,9 @@ def images(*shape, dtype=np.float32):
         ((2, 3, 8, 8), (4, 3, 3, 3), (0, 1), "stride of at least 1.*not 0 and 1"),
         ((2, 3, 8, 8), (4, 3, 3, 3), (1, -1), "padding of at least 0, not 1 and -1"),
         ((0, 3, 8, 8), (4, 3, 3, 3), (1, 1), r"not \(0, 3, 8, 8\)"))),
-    *((lambda a=a, b=b: nn.conv2d(images(2, 3, 4, 4, dtype=a), images(4, 3, 3, 3, dtype=b)), f"floating type, not {a}")
-      for a, b in (("uint8", "float32"), ("float32", "float64"), ("int64", "int64"))),
+    (lambda: nn.conv2d(images(2, 3, 4, 4), images(4, 3, 3, 3, dtype="float64")), "floating type, not float32 and float64"),
     *((lambda training=training, x=x, add=add: nn.BatchNorm2d(3).train(training)(images(*x), add=add and images(*add)),
-       r"3 channels takes images \(N, 3, H, W\), not")
+       r"3 channels takes images \(N, 3, H, W\), one or more, not")
       for training in (True, False)
       for x, add in (((2, 4, 5, 5), None), ((2, 3, 5), None), ((2, 3, 5, 5), (2, 3, 5, 1)))),
     (lambda: nn.BatchNorm2d(1).eval()(images(2, 3, 4, 4)), "1 channels"),
@@ -371,8 +370,8 @@ THREADED = [*IMAGES, *(conv_case("conv2d", x, w, stride, w[2] // 2) for x, w, st
 
 @pytest.mark.parametrize("name, operation, theirs, shapes", THREADED, ids=[f"{case[0]} {case[3]}" for case in THREADED])
 def test_results_hardly_depend_on_the_number_of_threads(use_threads, name, operation, theirs, shapes):
-    """Weight gradients and BatchNorm's sums are made by each thread for its rows, so their last digits may differ;
-    the same number of threads always gives the same bits.
+    """Sums may be made in another order by another number of threads, so last digits may differ; the same number always
+    gives the same bits.
     """
     rng = np.random.default_rng(15)
     arrays = [rng.standard_normal(s).astype(np.float32) for s in shapes]
@@ -385,9 +384,8 @@ def test_results_hardly_depend_on_the_number_of_threads(use_threads, name, opera
 
     one = results(1)
     for count in (2, 3, 16):  # 16: more than there is work for
-        for i, (a, b, c) in enumerate(zip(one, results(count), results(count), strict=True)):
-            assert b.tobytes() == c.tobytes() and relative_error(b, a) < 1e-5
-            assert a.tobytes() == b.tobytes() or not name.startswith("conv2d") or i == 2
+        for a, b, c in zip(one, results(count), results(count), strict=True):
+            assert b.tobytes() == c.tobytes() and relative_error(b, a) < 5e-6  # measured: 1.5e-6
 
 
 def test_parallel_work_covers_everything_once(use_threads, monkeypatch):
@@ -620,15 +618,17 @@ def test_the_last_of_several_threads_restores_blas():
         before, inside, gone = surroundings()[0], threading.Barrier(2), threading.Event()
 
         def enter(last):
-            with host.one_blas_thread:
-                inside.wait()
-                if last:
-                    gone.wait()
-                assert all(n == 1 for _, n in surroundings()[0])
-            gone.set()
+            try:
+                with host.one_blas_thread:
+                    inside.wait()
+                    if last:
+                        gone.wait()
+                    return [get() for get, _ in host.one_blas_thread.libraries]  # those that were there before
+            finally:
+                gone.set()
 
         for future in [pool.submit(enter, last) for last in (False, True)]:
-            future.result()
+            assert set(future.result()) == {1}
         assert surroundings()[0] == before
 
 

@@ -472,15 +472,15 @@ def network():
     return model, nn.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
-def photographs():
-    rng = np.random.default_rng(1)
+def photographs(seed=1):
+    rng = np.random.default_rng(seed)
     return rng.standard_normal((BATCH, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, BATCH)
 
 
-def gradients():
+def gradients(seed):
     """(loss, {name: gradient of the kept weights}) where nn computes"""
     model, _ = network()
-    x, labels = map(nn.xp.asarray, photographs())
+    x, labels = map(nn.xp.asarray, photographs(seed))
     loss, _ = nn.classify(model(nn.Tensor(x)), labels)
     loss.backward()
     found = {}
@@ -490,10 +490,12 @@ def gradients():
     return float(loss.data), found
 
 
-# Relative error of the gradient as one vector, with and without ReLU. Measured: 1.7e-6, 0.084, 0.28 and 1.2e-6, 9e-4,
-# 0.010: rounding decides which ReLUs are open. On the CPU noise of 2e-3 in the images alone makes 0.14 and 1.2e-3.
-# Of the loss: 1e-7, 1.3e-5, 8e-4.
-GRADIENTS = {"fp32": (4e-6, 3e-6, 1e-6), "tf32": (0.12, 1.5e-3, 5e-5), "bf16": (0.4, 0.015, 2e-3)}
+# Rounding decides which ReLUs are open, on one CPU others than on the next: the middle one of three sets of images.
+SEEDS = 3, 4, 5
+# Relative error of the gradient as one vector, with and without ReLU, and of the loss. Measured at most for seven sets
+# of images: 1.9e-6, 1.2e-6, 1e-7 (fp32; 8e-3 where one ReLU differs); 0.12, 9e-4, 8e-5; 0.36, 0.010, 1e-3. On the CPU
+# noise of 2e-3 in the images alone makes 0.14 and 1.2e-3.
+GRADIENTS = {"fp32": (4e-6, 3e-6, 1e-6), "tf32": (0.15, 1.5e-3, 2e-4), "bf16": (0.4, 0.015, 2e-3)}
 
 
 @PRECISIONS
@@ -502,20 +504,24 @@ def test_gradients_of_a_network(engine, monkeypatch, precision, relu):
     if not relu:
         forward = nn.BatchNorm2d.forward
         monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x, add=None, relu=False: forward(self, x, add))
-    loss, want = gradients()
+    wanted = [gradients(seed) for seed in SEEDS]
     engine(precision=precision)
-    found, got = gradients()
-    assert list(got) == list(want)
-    wrong, size = (math.sqrt(sum(np.sum(d**2) for d in ds))
-                   for ds in ([got[name] - g for name, g in want.items()], want.values()))
+    errors = []
+    for seed, (loss, want) in zip(SEEDS, wanted):
+        found, got = gradients(seed)
+        assert list(got) == list(want)
+        wrong, size = (math.sqrt(sum(np.sum(d**2) for d in ds))
+                       for ds in ([got[name] - g for name, g in want.items()], want.values()))
+        errors.append((wrong / size, abs(found / loss - 1)))
     *bounds, bound_loss = GRADIENTS[precision]
-    assert wrong / size < bounds[0 if relu else 1] and abs(found / loss - 1) < bound_loss
+    of_gradient, of_loss = np.median(errors, axis=0)
+    assert of_gradient < bounds[0 if relu else 1] and of_loss < bound_loss
 
 
-def five_steps():
+def five_steps(seed=1):
     """(model, optimizer, loss and correct answers of each step) where nn computes"""
     model, optimizer = network()
-    x, labels = map(nn.xp.asarray, photographs())
+    x, labels = map(nn.xp.asarray, photographs(seed))
 
     @nn.compiled
     def step(x, labels):
@@ -530,8 +536,8 @@ def five_steps():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_masked_weights_stay_zero_and_steps_repeat(engine, precision):
-    """with graphs and without, to the same bits"""
-    _, _, cpu = five_steps()
+    """with graphs and without, to the same bits; and the losses are the CPU's, until a ReLU differs"""
+    cpu = [five_steps(seed)[2] for seed in SEEDS]
     runs = []
     for capture in (True, False):
         engine(precision=precision, capture=capture)
@@ -539,8 +545,9 @@ def test_masked_weights_stay_zero_and_steps_repeat(engine, precision):
         runs.append((sums, model.state_dict() | optimizer.state_dict()))
     (before, state), (sums, again) = runs
     assert before == sums and all(same_bits(a, again[name]) for name, a in state.items())
-    bound = {"fp32": 2e-4, "bf16": 0.04}[precision]  # of the loss on its way from 42 to 27; measured: 6e-5, 0.013
-    assert np.abs(np.subtract(sums, cpu)[:, 0] / np.array(cpu)[:, 0]).max() < bound
+    errors = [np.abs(np.array(five_steps(seed)[2])[:, 0] / np.array(want)[:, 0] - 1) for seed, want in zip(SEEDS, cpu)]
+    bound = {"fp32": 1e-6, "bf16": 0.04}[precision]  # of the first three losses, from 42 to 32; measured: 9e-8, 0.013
+    assert np.median(errors, axis=0)[:3].max() < bound
     masks = {name: a for name, a in state.items() if name.endswith(".mask")}
     assert masks and nn.weight_count(model) == nn.weight_count(resnet.ResNet18(2))
     for name, mask in masks.items():
@@ -790,7 +797,7 @@ def test_runs_end_with_the_same_bits(engine, perform, tmp_path, monkeypatch):
         run = perform("resnet", name, **settings)
         left = tiny.remains(run.folder)
         assert all(left[file] == whole[file] for file in ("log.csv", "checkpoint.npz"))
-    versions = run.config()["versions"]
+    versions = run.config()["versions"][-1]
     assert versions["device"] == "gpu" and versions["gpu"] and versions["deterministic"] is True
 
 
@@ -839,7 +846,7 @@ def test_command_lines(engine, perform, tmp_path, capsys):
     (result,) = tmp_path.rglob("result.json")
     found = json.loads(result.read_text())
     assert "precision=bf16" in result.parent.name and found["epochs"] == 2
-    assert found["config"]["versions"]["precision"] == "bf16"
+    assert found["config"]["versions"][0]["precision"] == "bf16"
     assert lab.main(resnet.EXPERIMENT, [*places, "--device=cpu", "--tune"]) == 2
     assert "--tune is for GPUs, and this would be trained on the CPU" in capsys.readouterr().err
 
