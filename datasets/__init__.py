@@ -4,11 +4,13 @@
     for x, labels in dataset.train_batches(128, seed=0, epoch=0): ...
     dataset = datasets.load("imagenet-256", "data", size=224, threads=8)
 
-What is absent is downloaded into the folder, or drawn, by one process while others wait. Every fault of a file is a
-DataError of one sentence.
+What is absent is downloaded into the folder, or drawn, by one process while others wait and say so. Every fault of a
+file is a DataError of one sentence. dataset.digest tells what was learned from, dataset.unpublished which files of it
+are not those that were published.
 """
 
 import functools
+import os
 
 from datasets import arrays, drawn, photographs
 from datasets.dataset import DataError, Dataset
@@ -24,7 +26,7 @@ NAMES = tuple(LOADERS)
 
 
 def load(name, folder, **options):
-    """The Dataset of this name, one of NAMES, whose files lie in `folder`.
+    """The Dataset of this name, one of NAMES, whose files lie in `folder`, which may begin with ~.
 
     options: side and channels of the synthetic digits; of photographs size (of the images that a network sees), threads
     (decoders, 0 for as many as this process has cores) and unreadable (the share of either half's files that may be);
@@ -32,4 +34,4 @@ def load(name, folder, **options):
     """
     if name not in LOADERS:
         raise DataError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
-    return LOADERS[name](folder, **options)
+    return LOADERS[name](os.path.expanduser(folder), **options)

@@ -9,6 +9,7 @@ of the two halves. A half has labels (N,) of int64 on the host, the shape (C, H,
 
 import collections
 import functools
+import hashlib
 import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -32,12 +33,17 @@ class Dataset:
     x of a batch is (n, C, H, W) of float32 and labels (n,) of int64, both on the device in use. They stay as they are
     until the next batch is asked for: their memory is used again. The last batch of an epoch may be smaller.
     part: (rank, ranks), for processes that share each batch: only the rank's share of it, which may be empty.
+    digest: `digest_of` the whole data set as loaded, whatever files it came in: images and labels of both halves; of
+    photographs classes, paths and labels. unpublished: a clause that names the files whose contents are not the
+    published ones, "" if there are none. Parts and other variants of a data set keep both.
     """
 
     name: str
     classes: int
     train: object
     test: object
+    digest: str = ""
+    unpublished: str = ""
 
     shape = property(lambda self: self.train.shape)  # (C, H, W)
     train_labels = property(lambda self: self.train.labels)
@@ -144,6 +150,16 @@ class Arrays:
                 yield from map(made.get, slices)
         finally:
             free.append(made)
+
+
+def digest_of(*arrays):
+    """64 hex digits: the SHA-256 of the types, shapes and entries of these arrays, the same on every machine."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        sha.update(f"{array.dtype.str}{array.shape}".encode())
+        sha.update(array)
+    return sha.hexdigest()
 
 
 def shares(count, batch, start, part):

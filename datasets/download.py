@@ -1,9 +1,11 @@
 """Files that are found in a folder, or downloaded there: whole, verified, by one process at a time."""
 
+import contextlib
 import hashlib
 import os
 import sys
 import threading
+import time
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -16,23 +18,70 @@ LARGEST = 2**28  # bytes of a file that is downloaded or verified
 TIMEOUT = 20  # seconds for a connection, and between two packets
 PATIENCE, SLOWEST = 60, 600_000  # an attempt that brings less than so many bytes in so many seconds is given up
 ATTEMPTS = 3  # for each address, unless what it has is wrong
+NOTICE, TICK = 10, 0.25  # seconds without progress until a line says so, and between two looks
 
 
 def find(folder, subfolders, names):
     """The first of these files that exists in one of these subfolders ("": the folder itself), or None."""
     paths = (Path(folder, sub, name) for sub in subfolders for name in names)
-    return next((path for path in paths if path.exists()), None)
+    return next((path for path in paths if path.is_file()), None)
 
 
-def find_or_download(folder, subfolders, names, mirrors, verify):
-    """The path of the file as `find` finds it; if it is absent, its last name is downloaded to the first subfolder."""
+def find_all(folder, subfolders, files):
+    """The path of each of these files, each a tuple of names, in the first subfolder that has them all; where there is
+    none, of each as `find` finds it.
+    """
+    for places in (*((sub,) for sub in subfolders), subfolders):
+        paths = [find(folder, places, names) for names in files]
+        if all(paths):
+            break
+    return paths
+
+
+def find_or_download(folder, subfolders, names, mirrors, verify, absent=""):
+    """The path of the file as `find` finds it; if it is absent, its last name is downloaded to the first subfolder.
+
+    absent: how the sentence begins that says that it is not in the folder, up to "in".
+    """
     path = find(folder, subfolders, names)
     if path is None:
-        path = Path(folder, subfolders[0], names[-1])
-        with locked(path):
+        path, there = Path(folder, subfolders[0], names[-1]), seen(folder, names[-1])
+        with alone(path, "downloads"):
             if not path.exists():  # else another process was faster
-                download([mirror + names[-1] for mirror in mirrors], path, verify)
+                try:
+                    download([mirror + names[-1] for mirror in mirrors], path, verify)
+                except DataError as error:
+                    others = ", ".join(f"{sub}/" for sub in subfolders if sub)
+                    raise DataError(f"{absent or names[0] + ' is not'} in {Path(folder).absolute()} (or {others} in "
+                                    f"it), {there}; {error}") from None
     return path
+
+
+def seen(folder, name):
+    """What is in a folder, as a clause: some of it, what begins like `name` first."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.name + "/" * entry.is_dir() for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        return f"which cannot be read ({error.strerror})" if os.path.exists(folder) else "which does not exist"
+    found.sort(key=lambda entry: (entry[:5] != name[:5], entry))
+    more = f" and {len(found) - 3:,} more" if len(found) > 3 else ""
+    return f"where {', '.join(found[:3])}{more} can be seen" if found else "which is empty"
+
+
+@contextlib.contextmanager
+def alone(path, does):
+    """`locked`; a line on stderr says what another process does with the file once that has been waited for."""
+    line = f"waiting for another process that {does} {path}"
+    timer = threading.Timer(1, tqdm.write, (line,), {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        with locked(path):
+            timer.cancel()
+            yield
+    finally:
+        timer.cancel()
 
 
 def check_published(path, md5):
@@ -60,9 +109,9 @@ def download(urls, path, verify):
     try:
         for url in urls:
             tqdm.write(f"downloading {path.name} from {url}", file=sys.stderr)
-            for _ in range(ATTEMPTS):
+            for attempt in range(1, ATTEMPTS + 1):
                 try:
-                    fetch(url, part)
+                    fetch(url, part, attempt)
                     verify(part)
                     os.replace(part, path)
                     return
@@ -81,15 +130,16 @@ def download(urls, path, verify):
                     f"put the file into {path.parent} yourself")
 
 
-def fetch(url, part):
-    """Write what is at this address to the file `part`, on to the disk; TimeoutError if it comes too slowly.
+def fetch(url, part, attempt):
+    """Write what is at this address to the file `part`, on to the disk; TimeoutError if it comes too slowly. Lines on
+    stderr say so when nothing comes, or not a block of 64 KiB.
 
     The download has a thread of its own: the time limit of a connection is one for each packet, which a server that
     sends a byte at a time keeps.
     """
     import pooch  # with requests: a fifth of a second, which only downloads need take
 
-    answer, before = Future(), 0
+    answer, before, size = Future(), 0, 0
 
     def work():
         try:
@@ -101,13 +151,21 @@ def fetch(url, part):
     bar = tqdm(total=1, unit="B", unit_scale=True, desc=part.stem, disable=None, leave=False)
     with bar, open(part, "wb") as file:
         threading.Thread(target=work, daemon=True).start()  # given up, it ends because the file is closed
-        while not wait([answer], PATIENCE).done:
-            size = os.fstat(file.fileno()).st_size
-            if size - before < SLOWEST:
-                raise TimeoutError(f"only {size - before:,} bytes came in {PATIENCE} s")
+        checked = heard = said = time.monotonic()
+        while not wait([answer], TICK).done:
+            now, last, size = time.monotonic(), size, os.fstat(file.fileno()).st_size
             if size > LARGEST:
                 raise OSError(f"more than {LARGEST:,} bytes came")
-            before = size
+            if size > last:
+                heard = now
+            if now - checked >= PATIENCE:
+                if size - before < SLOWEST:
+                    raise TimeoutError(f"only {size - before:,} bytes came in {PATIENCE} s")
+                checked, before = now, size
+            if now - max(heard, said) >= NOTICE:
+                said = now
+                tqdm.write(f"still waiting for {url} (hardly anything came for {now - heard:.0f} s; attempt {attempt} "
+                           f"of {ATTEMPTS} is given up after {PATIENCE} s at the latest)", file=sys.stderr)
         answer.result()
         file.flush()
         os.fsync(file.fileno())

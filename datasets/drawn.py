@@ -16,7 +16,8 @@ from tqdm import tqdm
 import nn
 from datasets.arrays import normalized
 from datasets.dataset import in_threads
-from lab.files import FileFault, load_arrays, locked, save_arrays, write_whole
+from datasets.download import alone
+from lab.files import FileFault, load_arrays, save_arrays, write_whole
 
 # ---------------------------------------------------------------------------------------------- digits
 
@@ -30,7 +31,7 @@ def digits(folder, side=28, channels=1, train=20_000, test=4_000):
     shape = train + test, channels, side, side
     found = kept_digits(path, shape)
     if found is None:
-        with locked(path):
+        with alone(path, "draws"):
             found = kept_digits(path, shape)  # another process may have been faster
             if found is None:
                 found = draw_digits(train + test, side, channels)
@@ -110,7 +111,7 @@ def photographs(folder, classes=10, images=200, test=50, threads=0):
     """
     tree = Path(folder, f"synthetic-photos-{classes}x{images}+{test}-seed0-v1")
     if not tree.is_dir():
-        with locked(tree):
+        with alone(tree, "draws"):
             if not tree.is_dir():  # else another process was faster
                 temporary = tree.with_name(f".{tree.name}.tmp")
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 import nn
 from datasets import trees
-from datasets.dataset import DataError, Dataset, in_threads, prefetched
+from datasets.dataset import DataError, Dataset, digest_of, in_threads, prefetched
+from datasets.download import alone
 from datasets.drawn import photographs, to_disk
 from engines import host
-from lab.files import as_json, locked, read_json, write_whole
+from lab.files import as_json, read_json, write_whole
 
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # broken EXIF data, which a photograph does not need
 
@@ -276,8 +277,9 @@ def of_tree(name, tree, size=224, threads=0, unreadable=0.01):
     share of either half's files that may be.
     """
     classes, halves = files_of(tree, unreadable)
+    digest = digest_of(trees.encoded(classes), *(array for half in halves for array in (half.names, half.labels)))
     return Dataset(name, len(classes), *(Photographs(half, np.arange(len(half.names)), size, threads)
-                                         for half in halves))
+                                         for half in halves), digest)
 
 
 def files_of(tree, unreadable):
@@ -311,10 +313,10 @@ def prepare(source, target, side=256, threads=0, unreadable=0.01):
     file of labels. Bad files are named and left out, up to the share `unreadable` of each half. A second call goes on
     where the first was cut: files that are there and whole are kept. Returns {"resized", "copied", "kept", "bad": n}.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(source).expanduser(), Path(target).expanduser()
     if target.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{target} lies in {source}; the copy should have a folder of its own")
-    with locked(target):
+    with alone(target, "makes"):
         before, _ = marked(target)
         if before not in (None, side):
             raise DataError(f"{target} holds a copy of smallest side {before}; one of {side} needs another folder")

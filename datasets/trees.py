@@ -82,6 +82,7 @@ def encoded(names):
 # ---------------------------------------------------------------------------------------------- labels of a flat val/
 
 DEVKIT, DEVKIT_MD5 = "ILSVRC2012_devkit_t12.tar.gz", "fa75699e90414af021442c21a62c3abf"
+UNPACKED = DEVKIT.removesuffix(".tar.gz")
 SOLUTION, LARGEST_SOLUTION = "LOC_val_solution.csv", 2**25  # bytes, of which it has 6 million
 
 
@@ -89,8 +90,10 @@ def flat_labels(folder, images, classes):
     """(N,) of int64: the classes of the images in folder/val, by their sorted names."""
     path = next((folder / name for name in (DEVKIT, SOLUTION) if (folder / name).exists()), None)
     if path is None:
+        hint = (f"; the folder {UNPACKED} is not read: only the archive's MD5 can be checked, and SciPy's reader is "
+                "not safe on other files") if (folder / UNPACKED).is_dir() else ""
         raise DataError(f"{folder / 'val'} holds images without class folders, whose labels should be in {DEVKIT}, "
-                        f"packed as image-net.org has it, or in Kaggle's {SOLUTION} in {folder}")
+                        f"packed as image-net.org has it, or in Kaggle's {SOLUTION} in {folder}{hint}")
     with reading(path, "file of labels"):
         rows = devkit(path) if path.name == DEVKIT else solution(path)
     if len(rows) != len(images):
@@ -114,7 +117,7 @@ def devkit(path):
 
     check_published(path, DEVKIT_MD5)
     with tarfile.open(path) as tar:
-        truth, meta = (tar.extractfile(f"ILSVRC2012_devkit_t12/data/{name}").read()
+        truth, meta = (tar.extractfile(f"{UNPACKED}/data/{name}").read()
                        for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
     table = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}

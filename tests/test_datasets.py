@@ -9,12 +9,15 @@ import hashlib
 import http.server
 import io
 import os
+import pickle
 import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ import scipy.io
 
 import datasets
 import nn
-from datasets import arrays, dataset, download, drawn
+from datasets import arrays, dataset, download, drawn, pickles
 from datasets.dataset import Arrays, DataError, Dataset
 from lab import files
 
@@ -54,7 +57,7 @@ def records(rows, *labels):
 
 
 CIFAR10 = {f"cifar-10-batches-bin/{name}": records(range(4 * i, 4 * i + 4), CLASS)
-           for i, name in enumerate(arrays.CIFAR["cifar10"][3])}
+           for i, name in enumerate(f"{file}.bin" for file in arrays.CIFAR["cifar10"].files)}
 FIRST, ARCHIVE = "cifar-10-batches-bin/data_batch_1.bin", "cifar-10-binary.tar.gz"
 WHOLE = CIFAR10[FIRST]
 
@@ -77,8 +80,64 @@ def mat(rows):
     return stream.getvalue()
 
 
+def python2(entry):
+    """The pickle of a dict {bytes: bytes, list or array of bytes (N, K)} as Python 2 wrote it in protocol 2."""
+    out, count = [b"\x80\x02}q\x01("], 1
+
+    def put(*codes):
+        """These opcodes, whose value is remembered."""
+        nonlocal count
+        count += 1
+        out.extend([*codes, b"q" + bytes([count]) if count < 256 else b"r" + struct.pack("<I", count)])
+
+    def string(value):
+        put((b"U" + bytes([len(value)]) if len(value) < 256 else b"T" + struct.pack("<i", len(value))) + value)
+
+    def number(n):
+        return b"K" + bytes([n]) if 0 <= n < 256 else b"J" + struct.pack("<i", n)
+
+    for key, value in entry.items():
+        string(key)
+        if isinstance(value, bytes):
+            string(value)
+        elif isinstance(value, list):
+            put(b"]")
+            out.extend([b"(", *map(number, value), b"e"])
+        else:
+            for code in (b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n", b"K\0\x85", b"U\1b", b"\x87",
+                         b"R"):
+                put(code)
+            put(b"(K\1", *map(number, value.shape), b"\x86")
+            for code in (b"cnumpy\ndtype\n", b"U\2u1", b"K\0K\1\x87", b"R", b"(K\3U\1|"):
+                put(code)
+            put(b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t")
+            out.append(b"b\x89")
+            string(value.tobytes())
+            put(b"t")
+            out.append(b"b")
+    return b"".join([*out, b"u."])
+
+
+def entry(rows, **labels):
+    """What a pickled CIFAR batch of these rows of COLOURED holds."""
+    lists = {key.encode(): [int(label[i]) for i in rows] for key, label in labels.items()}
+    return {b"batch_label": b"a batch", **lists, b"data": COLOURED[list(rows)].reshape(len(rows), -1)}
+
+
+def python(dump=python2):
+    """CIFAR10 in its Python version."""
+    return {f"cifar-10-batches-py/{name}": dump(entry(range(4 * i, 4 * i + 4), labels=CLASS))
+            for i, name in enumerate(arrays.CIFAR["cifar10"].files)}
+
+
+def python3(protocol):
+    return functools.partial(pickle.dumps, protocol=protocol)
+
+
 FINE = np.arange(24) * 4 + 3
 PACKED, SVHN = tar_gz(CIFAR10), {"train_32x32.mat": mat(slice(0, 20)), "test_32x32.mat": mat(slice(20, 24))}
+PYTHON, PYTHON_ARCHIVE = python(), "cifar-10-python.tar.gz"
+PACKED_PYTHON = tar_gz(PYTHON)
 SETS = {
     "mnist": {name: idx(a) for name, a in MNIST.items()},
     "cifar10": CIFAR10,
@@ -92,10 +151,13 @@ SETS = {
 def small_sets(monkeypatch):
     """Some twenty training and four or five test images are what was published."""
     monkeypatch.setattr(arrays, "MNIST", {name: (md5(idx(a)), a.shape) for name, a in MNIST.items()})
-    ten, hundred = arrays.CIFAR.values()
-    monkeypatch.setattr(arrays, "CIFAR", {
-        "cifar10": (ARCHIVE, md5(PACKED), ten[2], dict.fromkeys(ten[3], 4), *ten[4:]),
-        "cifar100": (*hundred[:3], {"train.bin": 20, "test.bin": 4}, *hundred[4:])})
+    published, packed = {}, iter((PACKED, PACKED_PYTHON))
+    for name, known in arrays.CIFAR.items():
+        contents = {Path(file).stem: content for file, content in SETS[name].items()}
+        files = {file: (len(contents[file]) // 3073, hashlib.sha1(contents[file]).hexdigest()) for file in known.files}
+        versions = tuple(version._replace(md5=md5(next(packed, b""))) for version in known.versions)
+        published[name] = known._replace(files=files, versions=versions)
+    monkeypatch.setattr(arrays, "CIFAR", published)
     monkeypatch.setattr(arrays, "SVHN_MD5", {name: md5(content) for name, content in SVHN.items()})
 
 
@@ -140,26 +202,35 @@ def test_files_are_found_in_each_place(tmp_path, name, sub):
 
 
 IMAGES, BATCH, COARSE = "train-images-idx3-ubyte", "cifar-10-batches-bin/data_batch_3.bin", "cifar-100-binary/train.bin"
+LABELS, PICKLE = "t10k-labels-idx1-ubyte", "cifar-10-batches-py/data_batch_3"
 GZ, OTHER = gzip.compress(idx(DIGITS[:20])), "is not what was published: its MD5 is "
+HEADER, TEN = idx(DIGITS[:20])[:16].hex(), "is no IDX file of 5 bytes: "
+NO_PICKLE = "is not a whole CIFAR pickle: "
+NO_LIST = NO_PICKLE + "its labels are no list of whole numbers from 0 to 255"
+NO_IDX = "is no IDX file of 20 x 28 x 28 bytes: "
 FOLDER, TERABYTE = None, 2**40  # of nothing
+THIRD = entry(range(8, 12), labels=CLASS)
 
 
 @pytest.mark.parametrize("name, file, content, says", [
-    ("mnist", IMAGES, b"", OTHER + "d41d8cd98f00b204e9800998ecf8427e instead of "),
-    ("mnist", IMAGES, b"<html>not found</html>", OTHER),
-    ("mnist", IMAGES, idx(DIGITS[:20])[:-1], OTHER),
-    ("mnist", IMAGES, idx(DIGITS[:20]) + b"\0", OTHER),
-    ("mnist", IMAGES, TERABYTE, OTHER),
-    ("mnist", IMAGES, FOLDER, "cannot be read: Is a directory"),
-    ("mnist", IMAGES + ".gz", gzip.compress(idx(DIGITS[:20]) + bytes(2**24)), OTHER),
-    ("mnist", IMAGES + ".gz", gzip.compress(idx(DIGITS[1:21])), OTHER),
+    ("mnist", IMAGES, b"", f"{NO_IDX}its header is absent instead of {HEADER}"),
+    ("mnist", IMAGES, b"<html>not found</html>", f"{NO_IDX}its header is 3c68746d6c3e6e6f7420666f756e643c instead of "),
+    ("mnist", IMAGES, b"\0\0\x09" + idx(DIGITS[:20])[3:], f"{NO_IDX}its header is 00000903"),
+    ("mnist", IMAGES, idx(DIGITS[:19]), f"{NO_IDX}its header is 00000803000000130000001c0000001c instead"),
+    ("mnist", IMAGES, idx(DIGITS[:20].transpose(1, 0, 2)), f"{NO_IDX}its header is 000008030000001c00000014"),
+    ("mnist", IMAGES, idx(DIGITS[:20].reshape(20, 784)), f"{NO_IDX}its header is 00000802"),
+    ("mnist", IMAGES, idx(DIGITS[:20])[:-1], f"{NO_IDX}it has 15,695 of 15,696 bytes"),
+    ("mnist", IMAGES, idx(DIGITS[:20]) + b"\0", f"{NO_IDX}it has more than 15,696 bytes"),
+    ("mnist", IMAGES, TERABYTE, f"{NO_IDX}its header is 00000000"),
+    ("mnist", LABELS, idx([0, 9, 10, 3, 11]), "has label 10 at position 2, but labels go from 0 to 9"),
+    ("mnist", LABELS, idx([0, 9]), f"{TEN}its header is 0000080100000002 instead of 0000080100000005"),
+    ("mnist", IMAGES + ".gz", gzip.compress(idx(DIGITS[:20]) + bytes(2**24)), f"{NO_IDX}it has more than 15,696 bytes"),
     ("mnist", IMAGES + ".gz", GZ[:-20], "is not a whole gzip file: Compressed file ended before"),
     ("mnist", IMAGES + ".gz", GZ[:50] + b"\0\1\2\3" * 30, "is not a whole gzip file: "),
     ("cifar10", BATCH, b"", "has 0 bytes, but 4 records of 3,073 bytes make 12,292"),
     ("cifar10", BATCH, WHOLE[:-1], "has 12,291 bytes, but 4 records of 3,073 bytes make 12,292"),
     ("cifar10", BATCH, WHOLE + b"x", "has 12,293 bytes, but 4 records of 3,073 bytes make 12,292"),
     ("cifar10", BATCH, TERABYTE, "has 1,099,511,627,776 bytes, but "),
-    ("cifar10", BATCH, FOLDER, "cannot be read: Is a directory"),
     ("cifar10", BATCH, WHOLE[: 2 * 3073] + b"\x0a" + WHOLE[2 * 3073 + 1 :],
      "has label 10 at position 2, but labels go from 0 to 9"),
     ("cifar100", COARSE, records(range(20), CLASS, FINE + 25), "has label 100 at position 18, but labels go from 0 to"),
@@ -169,12 +240,28 @@ FOLDER, TERABYTE = None, 2**40  # of nothing
     ("cifar10", ARCHIVE, FOLDER, "cannot be read: Is a directory"),
     ("svhn", "train_32x32.mat", mat(slice(1, 21)), OTHER),
     ("svhn", "train_32x32.mat", TERABYTE, "has more than 268,435,456 bytes"),
-    ("svhn", "train_32x32.mat", FOLDER, "cannot be read: Is a directory"),
+    ("cifar10", PICKLE, b"", NO_PICKLE + "pickle exhausted before seeing STOP"),
+    ("cifar10", PICKLE, TERABYTE, "has 1,099,511,627,776 bytes, but a pickle of 4 images has less than 90,112"),
+    ("cifar10", PICKLE, python2(THIRD)[:-1], NO_PICKLE + "pickle exhausted before seeing STOP"),
+    ("cifar10", PICKLE, python2(THIRD)[:5000], NO_PICKLE + "expected 12288 bytes in a string4, but only "),
+    ("cifar10", PICKLE, python2(THIRD | {b"labels": [3, 4, 10, 5]}), "has label 10 at position 2, but labels go from "),
+    ("cifar10", PICKLE, python2(THIRD | {b"labels": [3, 4, 256, 5]}), NO_LIST),
+    ("cifar10", PICKLE, python2(THIRD | {b"labels": [3, 4, -1, 5]}), NO_LIST),
+    ("cifar10", PICKLE, python2(THIRD | {b"labels": []}), NO_LIST),
+    ("cifar10", PICKLE, python2(THIRD | {b"labels": [3, 4, 5]}), NO_PICKLE + "it has 3 labels instead of 4"),
+    ("cifar10", PICKLE, python2(THIRD | {b"labels": b"abcd"}), NO_LIST),
+    ("cifar10", PICKLE, pickle.dumps(THIRD | {b"labels": [True, False, 1, 2]}), NO_LIST),
+    ("cifar10", PICKLE, python2({b"data": THIRD[b"data"]}), NO_PICKLE + "it has no labels"),
+    ("cifar10", PICKLE, python2({b"labels": [1, 2, 3, 4]}), NO_PICKLE + "it has no data"),
+    ("cifar10", PICKLE, python2(THIRD | {b"data": b"x" * 12_288}), NO_PICKLE + "it has no NumPy array of bytes where"),
+    ("cifar10", PICKLE, python2(THIRD | {b"data": THIRD[b"data"][1:]}),
+     NO_PICKLE + "its images have the shape (3, 3072) instead of (4, 3072)"),
+    ("cifar10", PICKLE, pickle.dumps(THIRD, 0), NO_PICKLE + "it has the opcode "),
 ])
 def test_files_that_are_wrong_are_named_and_not_parsed(tmp_path, monkeypatch, name, file, content, says):
     monkeypatch.setattr(tarfile, "open", lambda *a: pytest.fail("opened"))
     monkeypatch.setattr(scipy.io, "loadmat", lambda *a, **k: pytest.fail("parsed"))
-    others = {} if file == ARCHIVE else SETS[name]
+    others = {} if file == ARCHIVE else PYTHON if file == PICKLE else SETS[name]
     write_all(tmp_path, {other: whole for other, whole in others.items() if other != file.removesuffix(".gz")})
     path = tmp_path / file
     if content is FOLDER:
@@ -207,6 +294,213 @@ def test_an_archive_in_the_folder_is_unpacked_once(tmp_path, monkeypatch, sub):
     assert files_in(tmp_path) == sorted([*CIFAR10, str(Path(sub, ARCHIVE))])
     (tmp_path / sub / ARCHIVE).unlink()
     datasets.load("cifar10", tmp_path)
+
+
+LAYOUTS = {
+    "CIFAR-10 by Python 2": ("cifar10", PYTHON),
+    **{f"CIFAR-10 by Python 3, protocol {i}": ("cifar10", python(python3(i))) for i in (2, 3, 4, 5)},
+    "CIFAR-10 with keys of text": ("cifar10", python(lambda e: pickle.dumps({k.decode(): v for k, v in e.items()}))),
+    "CIFAR-10 in Fortran's order": ("cifar10", python(lambda e: pickle.dumps(
+        e | {b"data": np.asfortranarray(e[b"data"])}))),
+    "CIFAR-10, archive": ("cifar10", {PYTHON_ARCHIVE: PACKED_PYTHON}),
+    "CIFAR-10, archive and some of its files": ("cifar10", {
+        PYTHON_ARCHIVE: PACKED_PYTHON, **dict(list(PYTHON.items())[:3]), FIRST: bytes(12_292)}),
+    "CIFAR-10, Python whole, binary not": ("cifar10", PYTHON | {FIRST: bytes(12_292)}),
+    "CIFAR-10, binary whole, Python damaged": ("cifar10", CIFAR10 | dict.fromkeys(PYTHON, b"?")),
+    "CIFAR-10, Python, in the folder": ("cifar10", {Path(file).name: content for file, content in PYTHON.items()}),
+    "CIFAR-100 by Python 2": ("cifar100", {
+        f"cifar-100-python/{file}": python2(entry(rows, fine_labels=FINE, coarse_labels=CLASS))
+        for file, rows in (("train", range(20)), ("test", range(20, 24)))}),
+    "MNIST, torchvision": ("mnist", {f"MNIST/raw/{file}": content for file, content in SETS["mnist"].items()}),
+    "MNIST, torchvision, gzip": ("mnist", {f"MNIST/raw/{file}.gz": gzip.compress(content)
+                                           for file, content in SETS["mnist"].items()}),
+    "MNIST, Kaggle": ("mnist", {file.replace("-idx", ".idx"): content for file, content in SETS["mnist"].items()}),
+    "MNIST, Kaggle, folders": ("mnist", {f"mnist/{file}/{file}": content for file, content in SETS["mnist"].items()}),
+    "MNIST, some of it twice": ("mnist", {f"MNIST/raw/{file}": content for file, content in SETS["mnist"].items()} | {
+        f"mnist/{IMAGES}": idx(DIGITS[:20] ^ 1)}),
+    "CIFAR-10 in a folder of its name": ("cifar10", {f"cifar10/{Path(file).name}": content
+                                                     for file, content in CIFAR10.items()}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_gives_the_same_data_set(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(pickle, "loads", lambda *a: pytest.fail("unpickled"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    name, contents = LAYOUTS[layout]
+    write_all(tmp_path / "published", SETS[name])
+    write_all(tmp_path / "home" / "data", contents)
+    want, have = datasets.load(name, tmp_path / "published"), datasets.load(name, "~/data")
+    for half in ("train_images", "train_labels", "test_images", "test_labels"):
+        one, other = getattr(want, half), getattr(have, half)
+        assert one.dtype == other.dtype and np.array_equal(one, other)
+    assert have.digest == want.digest and have.unpublished == want.unpublished == ""
+    for variant in (have.part(3), have.part(limit=5), have.augmented(), have.standardized_by_pixel()):
+        assert variant.digest == have.digest
+    assert replace(have, unpublished="x is not").part(3).augmented().standardized_by_pixel().unpublished == "x is not"
+
+
+def test_digests_are_of_all_that_is_learned_from(tmp_path):
+    """These values stand in records: they stay as they are."""
+    of_cifar, seen = "ca4c6d9de8a7b7ca70e682506c5f1edcc4ebeb02e1cf0afa2cafc4a48f837a68", set()
+
+    def load(name, contents):
+        folder = tmp_path / str(len(seen))
+        write_all(folder, contents)
+        found = datasets.load(name, folder)
+        seen.add(found.digest)
+        return found
+
+    assert load("cifar10", CIFAR10).digest == of_cifar
+    for at in (0, 5, 3073, 12_291):  # a label, a pixel, a label, the last pixel
+        for file in (FIRST, BATCH, "cifar-10-batches-bin/test_batch.bin"):
+            content = bytearray(CIFAR10[file])
+            content[at] ^= 1
+            assert load("cifar10", CIFAR10 | {file: content}).unpublished == (
+                f"{Path(file).name} is not the published one")
+    swapped = dict(zip(SETS["cifar10"], list(CIFAR10.values())[::-1]))  # the halves, too
+    assert load("cifar10", swapped).unpublished == (
+        f"{Path(FIRST).name} and 5 more files are not the published ones")
+    assert load("mnist", SETS["mnist"]).unpublished == load("svhn", SVHN).unpublished == ""
+    hundred = SETS["cifar100"]
+    assert load("cifar100", hundred).unpublished == ""
+    assert len(seen) == 16  # SVHN has what CIFAR-10 has here
+    coarse = load("cifar100", hundred | {COARSE: records(range(20), CLASS + 1, FINE)})
+    assert len(seen) == 16 and "train.bin is not the published one" in coarse.unpublished  # nothing learns from them
+
+
+def test_digest_is_of_types_shapes_and_entries():
+    x, y = np.arange(12).reshape(3, 4), np.array([7, 8], np.uint8)
+    want = hashlib.sha256(b"<i8(3, 4)" + struct.pack("<12q", *range(12)) + b"|u1(2,)\7\x08").hexdigest()
+    for same in (x, x.astype(">i8"), np.asfortranarray(x), np.repeat(x, 2, axis=1)[:, ::2]):
+        assert dataset.digest_of(same, y) == want
+    others = [(x.reshape(4, 3), y), (x.astype("i4"), y), (y, x), (x,)]
+    assert len({want, *(dataset.digest_of(*other) for other in others)}) == 5
+
+
+def test_look_alikes_of_mnist_are_named(tmp_path):
+    write_all(tmp_path, SETS["mnist"] | {IMAGES: idx(DIGITS[1:21])})
+    found = datasets.load("mnist", tmp_path)
+    assert found.unpublished == f"{Path(IMAGES).name} is not the published one"
+    np.testing.assert_array_equal(found.train_images[:, 0], DIGITS[1:21])
+    write_all(tmp_path, {LABELS: idx(ANSWERS[1:6])})
+    assert datasets.load("mnist", tmp_path).unpublished == (
+        f"{Path(IMAGES).name} and 1 more file are not the published ones")
+
+
+class Calls:
+    """Pickles as a call of this function."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def nested(depth):
+    """Opcodes of a tuple with twice two to the `depth` ends, which takes as long to hash."""
+    return b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(depth))
+
+
+NAMED = "it names '{}', which no array of bytes needs"
+HOSTILE = {
+    "os.system": (pickle.dumps(Calls(os.system, "touch owned"), 2), NAMED.format("posix.system")),
+    "os.system, protocol 4": (pickle.dumps(Calls(os.system, "touch owned"), 4), NAMED.format("posix.system")),
+    "eval": (pickle.dumps(Calls(eval, "open('owned', 'w')"), 2), NAMED.format("__builtin__.eval")),
+    "in data": (pickle.dumps(THIRD | {b"data": Calls(os.system, "touch owned")}, 2), NAMED.format("posix.system")),
+    "nested": (pickle.dumps({b"labels": [[{b"a": (1, Calls(eval, "1"))}]]}, 2), NAMED.format("__builtin__.eval")),
+    "as a key": (pickle.dumps({Calls(eval, "1"): 1}, 4), NAMED.format("builtins.eval")),
+    "NumPy's own": (pickle.dumps(Calls(np.load, "owned"), 2), NAMED.format("numpy.load")),
+    "NumPy's scalar": (pickle.dumps(THIRD | {b"labels": [np.int64(1)] * 4}, 4),
+                       NAMED.format("numpy._core.multiarray.scalar")),
+    "objects": (pickle.dumps(THIRD | {b"data": THIRD[b"data"].astype(object)}, 2), "it has no NumPy array of bytes"),
+    "floats": (pickle.dumps(THIRD | {b"data": np.zeros((4, 768), "f4")}, 5), "it has no NumPy array of bytes"),
+    "signed": (pickle.dumps(THIRD | {b"data": THIRD[b"data"].astype("i1")}, 4), "it has no NumPy array of bytes"),
+    "another kind of array": (python2(THIRD).replace(b"cnumpy\nndarray", b"cnumpy\ndtype"), "it has no NumPy array"),
+    "old style instance": (b"(iposix\nsystem\n.", "it has the opcode INST"),
+    "persistent": (b"\x80\2U\1aQ.", "it has the opcode BINPERSID"),
+    "extension": (b"\x80\2\x82\1.", "it has the opcode EXT1"),
+    "a new object": (b"\x80\2cnumpy\nndarray\nU\1a\x85\x81.", "it has the opcode NEWOBJ"),
+    "memo of 4 billion": (b"\x80\2}r\xff\xff\xff\xff.", "it has no data"),
+    "claims 2**60 bytes": (b"\x80\5\x96" + struct.pack("<Q", 2**60) + b".", "expected 1152921504606846976 bytes"),
+    "shape of 2**33": (python2(THIRD).replace(struct.pack("<i", 3072), struct.pack("<i", 2**31 - 1)), "cannot reshape"),
+    "hash for ever": (b"\x80\2}" + nested(90) + b"K\1s.", "it has a key that is no short string"),
+    "compare for ever": (b"\x80\2}U\4data" + nested(90) + b"sU\6labels" + nested(90) + b"s.",
+                         "it has no NumPy array of"),
+    "long keys": (b"\x80\2}B" + struct.pack("<i", 1000) + bytes(1000) + b"K\1s.",
+                  "it has a key that is no short string"),
+    "a state for a string": (b"\x80\2U\1aNb.", "it has a str where a Call should be"),
+    "a call of a string": (b"\x80\2U\1a)R.", "it has a str where a Call should be"),
+    "no mark": (b"\x80\2}t.", "pop from empty list"),
+    "no operand": (b"\x80\2b.", "pop from empty list"),
+    "no such memo": (b"\x80\2h\7.", "7"),
+    "an odd number of items": (b"\x80\2}(U\1au.", "zip() argument 2 is shorter"),
+    "a list": (pickle.dumps([1, 2], 2), "it has a list where a dict should be"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_pickles_are_refused_and_nothing_is_called(tmp_path, monkeypatch, kind):
+    content, says = HOSTILE[kind]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(np, "load", lambda *a: pytest.fail("called"))
+    write_all(tmp_path, PYTHON | {PICKLE: content})
+    begin = time.monotonic()
+    with pytest.raises(DataError) as error:
+        datasets.load("cifar10", tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / PICKLE} is not a whole CIFAR pickle: {says}")
+    assert "\n" not in str(error.value) and not Path("owned").exists() and time.monotonic() - begin < 2
+
+
+def test_pickled_bytes_are_not_encoded_again_and_again():
+    """Each of 50,000 calls of three bytes would make 4 MB."""
+    text = b"X" + struct.pack("<I", 2**22) + bytes(2**22)
+    call = b"c_codecs\nencode\nq\0" + text + b"X\6\0\0\0latin1\x86q\1"
+    begin = time.process_time()
+    assert pickles.read(b"\x80\2}q\2" + call + b"h\0h\1R" * 50_000 + b"h\2.") == {}
+    assert time.process_time() - begin < 2
+
+
+# ---------------------------------------------------------------------------------------------- what is not there
+
+NEITHER = ("neither cifar-10-batches-bin/data_batch_1.bin and 5 more files nor cifar-10-batches-py/data_batch_1 and 5 "
+           "more files nor an archive of either is in {0} (or cifar10/ in it), ")
+
+
+@pytest.mark.parametrize("name, contents, says", [
+    ("cifar10", None, NEITHER + "which does not exist; cifar-10-binary.tar.gz could not be downloaded ("),
+    ("cifar10", {}, NEITHER + "which is empty; cifar-10-binary.tar.gz could"),
+    ("cifar10", {"a": b"", "mnist/x": b"", ".b": b""}, NEITHER + "where a, mnist/ can be seen; "),
+    ("cifar10", {"a/b": b"", "b": b"", "c": b"", "cifar-10.zip": b"", "d": b""},
+     NEITHER + "where cifar-10.zip, a/, b and 2 more can be seen; "),
+    ("cifar10", {"cifar-10-batches-mat/data_batch_1.mat": b""}, NEITHER.replace(
+        "either is", "either (the MATLAB version is not read) is") + "where cifar-10-batches-mat/ can be seen; "),
+    ("cifar10", {file: content for file, content in CIFAR10.items() if file != BATCH},
+     "neither cifar-10-batches-bin/data_batch_3.bin nor cifar-10-batches-py/data_batch_1 and 5 more files nor an "),
+    ("cifar10", {file: content for file, content in (PYTHON | {FIRST: CIFAR10[FIRST]}).items() if file != PICKLE},
+     "neither cifar-10-batches-bin/data_batch_2.bin and 4 more files nor cifar-10-batches-py/data_batch_3 nor an "),
+    ("cifar10", CIFAR10 | {BATCH: FOLDER}, "neither cifar-10-batches-bin/data_batch_3.bin nor "),
+    ("cifar100", {"train/apple/1.png": b"", "test/apple/2.png": b""},
+     "neither cifar-100-binary/train.bin and 1 more file nor cifar-100-python/train and 1 more file nor an archive of "
+     "either is in {0} (or cifar100/ in it), where test/, train/ can be seen; "),
+    ("mnist", {"mnist/" + file: content for file, content in SETS["mnist"].items() if file != LABELS},
+     LABELS + ", plain or gzip, is not in {0} (or mnist/, MNIST/raw/ in it), where mnist/ can be seen; " + LABELS),
+    ("mnist", {IMAGES: FOLDER}, IMAGES + ", plain or gzip, is not in {0} (or mnist/, MNIST/raw/ in it), where train-"),
+    ("svhn", {}, "train_32x32.mat is not in {0} (or svhn/ in it), which is empty; train_32x32.mat could"),
+])
+def test_what_is_absent_is_named_with_what_is_there(tmp_path, monkeypatch, name, contents, says):
+    folder = tmp_path / "data"
+    if contents is not None:
+        folder.mkdir()
+        write_all(folder, {file: content for file, content in contents.items() if content is not FOLDER})
+        for file in (file for file, content in contents.items() if content is FOLDER):
+            (folder / file).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        datasets.load(name, "data", mirrors=("nowhere://",))
+    assert str(error.value).startswith(says.format(folder)) and "\n" not in str(error.value)
+    assert "could not be downloaded (nowhere://" in str(error.value) and "; put the file into data" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------- download
@@ -336,6 +630,37 @@ def test_the_sentence_names_every_address_with_its_reason(tmp_path, server):
     pattern = ".*".join(f"{url}: .*{reason}" for url, reason in zip(urls, ("404", "wrong checksum", "refused")))
     with pytest.raises(DataError, match=rf"{pattern}.*; put the file into {tmp_path} yourself$"):
         download.download(urls, tmp_path / "file.gz", verify)
+
+
+@pytest.mark.parametrize("manner, lines", [("silent", 3), ("stall", 3), ("trickle", 3), ("endless", 0), ("good", 0)])
+def test_a_wait_is_said(tmp_path, server, monkeypatch, capsys, manner, lines):
+    for name, value in (("TIMEOUT", 0.9), ("PATIENCE", 0.8), ("NOTICE", 0.2), ("TICK", 0.02), ("ATTEMPTS", 1),
+                        ("LARGEST", 3_000_000)):
+        monkeypatch.setattr(download, name, value)
+    with contextlib.suppress(DataError):
+        download.download([server.url(manner)], tmp_path / "file.gz", verify)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("still")]
+    assert len(said) == lines and set(said) <= {
+        f"still waiting for {server.url(manner)} (hardly anything came for {s} s; attempt 1 of 1 is given up after 0.8 "
+        "s at the latest)" for s in (0, 1)}
+
+
+def test_who_waits_for_another_process_says_so_once(tmp_path, capsys):
+    held, begun = threading.Event(), threading.Event()
+
+    def hold():
+        with download.alone(tmp_path / "file", "draws"):
+            begun.set()
+            held.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        one = pool.submit(hold)
+        assert begun.wait(10)
+        threading.Timer(1.4, held.set).start()
+        with download.alone(tmp_path / "file", "draws"):
+            assert held.is_set()
+        one.result(10)
+    assert capsys.readouterr().err == f"waiting for another process that draws {tmp_path / 'file'}\n"
 
 
 def test_interrupted_downloads_leave_nothing(tmp_path, server, monkeypatch):

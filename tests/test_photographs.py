@@ -131,6 +131,29 @@ def test_trees_that_do_not_fit_are_refused_in_a_sentence(tree, fault, message):
     assert "\n" not in str(error.value) and str(tree) in str(error.value)
 
 
+def test_digest_is_of_the_index(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = opened(tree)
+    assert re.fullmatch("[0-9a-f]{64}", first.digest) and first.unpublished == ""
+    assert first.part(held_out=2, limit=3).digest == first.digest
+    seen = {first.digest}
+    write(tree / "train" / "n0" / "train_00.JPEG", content(3))  # what a file shows is not told
+    (tree / "train" / "n0" / "notes.txt").write_text("")
+    assert opened(tree.rename(tmp_path / "imagenet")).digest == datasets.load("imagenet", "~").digest == first.digest
+    for fault in (lambda t: (t / "train/n0/train_00.JPEG").rename(t / "train/n0/train_0.JPEG"),
+                  lambda t: (t / "train/n0/train_01.JPEG").rename(t / "train/n1/train_01.JPEG"),
+                  lambda t: (t / "val/n2/val_20.JPEG").rename(t / "val/n2/val_2.JPEG"),
+                  lambda t: (t / "val/n0/val_00.JPEG").unlink(),
+                  lambda t: [(t / half / "n2").rename(t / half / "n3") for half in ("train", "val")]):
+        fault(tmp_path / "imagenet")
+        seen.add(opened(tmp_path / "imagenet").digest)
+    assert len(seen) == 6
+    write_solution(flat_tree(tmp_path / "flat"))
+    flat = opened(tmp_path / "flat").digest
+    write_solution(tmp_path / "flat", rows=[(i, name if i > 1 else "n1") for i, name in ROWS])  # another label
+    assert len({flat, opened(tmp_path / "flat").digest, *seen}) == 8
+
+
 # ---------------------------------------------------------------------------------------------- a flat val/
 
 
@@ -198,6 +221,8 @@ def refused(match, **changes):
 
 @pytest.mark.parametrize("fault, message", [
     (lambda f, _: None, f"in {trees.DEVKIT}, packed as image-net.org has it, or in Kaggle's {trees.SOLUTION} in "),
+    (lambda f, _: (f / "ILSVRC2012_devkit_t12/data").mkdir(parents=True), "the folder ILSVRC2012_devkit_t12 is not "
+     "read: only the archive's MD5 can be checked, and SciPy's reader is not safe on other files"),
     (lambda f, _: write_solution(f, rows=[(1, "n0"), (2, "n0"), (3, "n0"), (5, "n0"), (6, "n0")]),
      f"{trees.SOLUTION} has no label for {{val}}/ILSVRC2012_val_00000004.JPEG"),
     (lambda f, _: write_solution(f, rows=[(i, "n0") for i in range(1, 8)]), "labels for 7 images, but {val} holds 5"),
@@ -655,7 +680,7 @@ def test_drawn_photographs_are_whole_or_not(tmp_path, monkeypatch):
 
 def test_of_two_that_want_photographs_one_draws_them(tmp_path, monkeypatch):
     drawings, draw, looked = [], drawn.draw_tree, threading.Barrier(2, timeout=10)
-    monkeypatch.setattr(drawn, "locked", lambda path: (looked.wait(), files.locked(path))[1])  # neither has found them
+    monkeypatch.setattr(drawn, "alone", lambda path, _: (looked.wait(), files.locked(path))[1])  # neither has found it
     monkeypatch.setattr(drawn, "draw_tree", lambda *a: drawings.append(0) or draw(*a))
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda i: drawn.photographs(tmp_path, 2, 2, 1, threads=1), range(2))

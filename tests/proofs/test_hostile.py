@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
 import struct
 import subprocess
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
-from test_datasets import WHOLE, idx, md5  # noqa: E402
+from test_datasets import THIRD, WHOLE, idx, md5, python2  # noqa: E402
 from test_files import header, sealed, zipped  # noqa: E402
 from test_photographs import (  # noqa: E402
     absurd_jpeg, flat_tree, jpeg, picture, png16, saved, write_solution)
@@ -43,13 +44,20 @@ GIB = 2**30
 BOMB = gzip.compress(bytes(2**24)) * 64  # a GiB, 1000:1
 
 
-MNIST, PUBLISHED = "arrays.read_idx(path, '0', (60_000, 28, 28))", "is not what was published"
+MNIST, PICKLE = "arrays.read_idx(path, (60_000, 28, 28))", "arrays.read_pickle(path, 10_000, ['labels'])"
+IDX_BOMB = gzip.compress(struct.pack(">4I", 0x803, 60_000, 28, 28)) + BOMB
+LENGTHS = b"\x80\5}" + b"".join(code + b"\xff" * 7 + b"\x7f" for code in (b"\x96", b"\x8e", b"\x8d", b"\x95"))
 CLAIMS = {  # file: what is in it (None: 64 GiB of zeros), its reader, the sentence
-    "bomb": (BOMB, MNIST, PUBLISHED),
-    "bomb behind a header": (gzip.compress(struct.pack(">4I", 0x803, 60_000, 28, 28)) + BOMB, MNIST, PUBLISHED),
-    "plain MNIST": (None, MNIST, PUBLISHED),
+    "bomb": (BOMB, MNIST, "its header is 00000000"),
+    "bomb behind a header": (IDX_BOMB, MNIST, "it has more than 47,040,016 bytes"),
+    "plain MNIST": (None, MNIST, "its header is 00000000"),
+    "pickle": (None, PICKLE, "but a pickle of 10,000 images has less than 61,505,536"),
+    "pickle of a number in the memo": (b"\x80\2}r\xff\xff\xff\xff.", PICKLE, "it has no data"),
+    "pickle of long strings": (LENGTHS, PICKLE, "is not a whole CIFAR pickle: expected 9223372036854775807 bytes"),
+    "pickle of many marks": (b"\x80\2" + b"(" * 500_000 + b"t" * 500_000 + b".", PICKLE, "a tuple where a dict"),
+    "pickle of many names": (b"\x80\2}" + b"(U\1a]u" * 500_000 + b".", PICKLE, "it has no data"),
     "archive": (None, "download.check_published(path, '0')", "has more than 268,435,456 bytes"),
-    "records": (None, "arrays.read_records(path, 10_000, 1, 10)", "but 10,000 records of"),
+    "records": (None, "arrays.read_binary(path, 10_000, ['labels'])", "but 10,000 records of"),
     "devkit": (None, "trees.devkit(path)", "has more than 268,435,456 bytes"),
     "labels too large": (None, "trees.flat_labels(path.parent, [], [])", "more than 33,554,432 bytes"),
     "JPEG": (absurd_jpeg(65535, 65535), "photographs.opened(path).__enter__()", "exceeds limit"),
@@ -79,7 +87,7 @@ for name, (path, read) in json.loads(sys.stdin.read()).items():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured as Linux does it")
 def test_what_is_only_claimed_takes_neither_memory_nor_time(tmp_path):
-    """With 128 MiB beyond what the imports took; MNIST's images alone are 45."""
+    """With 128 MiB beyond what the imports took; MNIST's images alone are 45, a CIFAR pickle is up to 59."""
     todo = {}
     for name, (content, read, _) in CLAIMS.items():
         path = f"{name}/{photographs.MARKER if name == 'marker' else trees.SOLUTION}"
@@ -141,23 +149,45 @@ def mutated(rng, seeds):
 # SVHN, the devkit) is not parsed before that: test_datasets.py.
 
 
-def read_packed_idx(folder, monkeypatch, whole):
+def read_images(folder, monkeypatch, whole):
     pixels, path = np.arange(48, dtype=np.uint8).reshape(3, 4, 4), folder / "images.gz"
 
     def check():
-        np.testing.assert_array_equal(arrays.read_idx(path, md5(idx(pixels)), (3, 4, 4)), pixels)
+        array, have = arrays.read_idx(path, (3, 4, 4))
+        assert array.shape == (3, 4, 4) and array.dtype == np.uint8
+        assert (have == md5(idx(pixels))) == np.array_equal(array, pixels)
 
     return [gzip.compress(idx(pixels)), gzip.compress(idx(pixels), 0), idx(pixels)], path, check
+
+
+def read_labels(folder, monkeypatch, whole):
+    path = folder / "labels"
+
+    def check():
+        array, _ = arrays.read_idx(path, (20,))
+        assert array.shape == (20,) and array.dtype == np.uint8 and set(array.tolist()) <= set(range(10))
+
+    return [idx(np.arange(20) % 10), gzip.compress(idx(np.arange(20) % 10))], path, check
 
 
 def read_cifar(folder, monkeypatch, whole):
     path = folder / "batch.bin"
 
     def check():
-        images, labels = arrays.read_records(path, 2, 1, 10)
+        images, labels = arrays.examples(path, arrays.read_binary(path, 2, ["labels"]), 10)
         assert images.shape == (2, 3, 32, 32) and set(labels) <= set(range(10))
 
     return [WHOLE[: 2 * 3073]], path, check
+
+
+def read_pickle(folder, monkeypatch, whole):
+    path, batch = folder / "batch", {b"labels": [1, 2], b"filenames": [7], b"data": THIRD[b"data"][:2]}
+
+    def check():
+        images, labels = arrays.examples(path, arrays.read_pickle(path, 2, ["labels"]), 10)
+        assert images.shape == (2, 3, 32, 32) and images.dtype == np.uint8 and set(labels) <= set(range(10))
+
+    return [python2(batch), *(pickle.dumps(batch, protocol) for protocol in (2, 4, 5))], path, check
 
 
 NAMES = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, 6)]  # of flat_tree
@@ -263,8 +293,10 @@ def read_record(folder, monkeypatch, whole, run):
 
 
 READERS = {
-    "IDX images": read_packed_idx,
+    "IDX images": read_images,
+    "IDX labels": read_labels,
     "CIFAR records": read_cifar,
+    "CIFAR pickles": read_pickle,
     "Kaggle's table": read_table,
     "marker": read_marker,
     "digits": read_digits,
