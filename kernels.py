@@ -45,8 +45,22 @@ def in_threads(work, items):
 
 
 def check_density(density):
-    if not 0 < density <= 1:
-        raise ValueError(f"density is a number above 0 and at most 1, not {density!r}")
+    """The density as a Python float, in whose precision everything is then computed."""
+    return check("density", density, most=1)
+
+
+def check(name, value, most=math.inf, whole=False):
+    """The positive number value as a Python float, or int if whole; ValueError, which names it, if it is none."""
+    fine = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "biuf" and 0 < value <= most
+    if not fine or whole and value != int(value):
+        kind = "positive whole number" if whole else "positive number" if most > 1 else "number above 0 and at most 1"
+        raise ValueError(f"{name} is a {kind}, not {value!r}")
+    return int(value) if whole else float(value)
+
+
+def check_rng(rng, who):
+    if not hasattr(rng, "standard_normal"):
+        raise ValueError(f"{who} needs rng, a NumPy generator such as numpy.random.default_rng(0)")
 
 
 def matrices(X, Y):
@@ -54,10 +68,26 @@ def matrices(X, Y):
     xp = array_module(X, Y)
     X = xp.asarray(X)
     Y = X if Y is None else xp.asarray(Y)
-    if X.ndim != 2 or Y.ndim != 2 or X.shape[1] != Y.shape[1]:
+    if X.ndim != 2 or Y.ndim != 2 or X.shape[1] != Y.shape[1] or not X.shape[1]:
         raise ValueError(f"X and Y are matrices with the same number of columns, not {X.shape} and {Y.shape}")
+    if not {X.dtype.kind, Y.dtype.kind} <= set("biuf"):
+        raise TypeError(f"X and Y are matrices of real numbers, not of {X.dtype} and {Y.dtype}")
     dtype = np.result_type(X.dtype, Y.dtype, np.float32)
     return xp, X.astype(dtype, copy=False), Y.astype(dtype, copy=False)
+
+
+def pairs(x, y):
+    """x and y (..., d) as float64 arrays of one module, the leading axes of which broadcast."""
+    xp = array_module(x, y)
+    x, y = xp.asarray(x), xp.asarray(y)
+    if not x.ndim or not y.ndim or x.shape[-1] != y.shape[-1] or not x.shape[-1]:
+        raise ValueError(f"x and y are arrays (..., d) of the same d, not {x.shape} and {y.shape}")
+    if not {x.dtype.kind, y.dtype.kind} <= set("biuf"):
+        raise TypeError(f"x and y are arrays of real numbers, not of {x.dtype} and {y.dtype}")
+    x, y = x.astype(np.float64, copy=False), y.astype(np.float64, copy=False)
+    if not (xp.isfinite(x).all() and xp.isfinite(y).all()):
+        raise ValueError("x and y are arrays of finite numbers, without NaN and infinity")
+    return xp, x, y
 
 
 # ---------------------------------------------------------------------------------------------- dense: K_l
@@ -183,9 +213,8 @@ def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=N
     "sample": the mean over this number of masks drawn from rng, a NumPy generator, the same masks for all pairs;
         returns (Kp_1, Kp_2, their standard errors).
     """
-    check_density(density)
-    xp = array_module(x, y)
-    x, y = xp.broadcast_arrays(xp.asarray(x, dtype=np.float64), xp.asarray(y, dtype=np.float64))
+    density, rtol, (xp, x, y) = check_density(density), check("rtol", rtol), pairs(x, y)
+    x, y = xp.broadcast_arrays(x, y)
     xx, yy, xy = (x * x).sum(-1), (y * y).sum(-1), (x * y).sum(-1)
     if method == "exact" and density == 1:
         return relu_moment(xx, yy, xy, 1), relu_moment(xx, yy, xy, 2)
@@ -195,8 +224,10 @@ def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=N
         first, second = series_unit(*sums, density)
         return xp.sqrt(xx * yy) * first, xx * yy * second
     if method == "sample":
-        if rng is None:
-            raise ValueError("method 'sample' needs rng, a NumPy generator such as numpy.random.default_rng(0)")
+        check_rng(rng, "method 'sample'")
+        masks = check("masks", masks, whole=True)
+        if masks < 2:
+            raise ValueError("masks is a number of at least 2, of which a standard error can be told, not 1")
         return sample_moments(x, y, density, masks, rng)
     if method not in ("exact", "enumerate"):
         raise ValueError(f"method is 'exact', 'series', 'enumerate' or 'sample', not {method!r}")
@@ -267,8 +298,7 @@ def series_moments(X, Y, density):
 
     The sums over coordinates are three matrix products, [X^3 X] [Y Y^3]^T one of them; in blocks.
     """
-    check_density(density)
-    xp, X, Y = matrices(X, Y)
+    density, (xp, X, Y) = check_density(density), matrices(X, Y)
     first, second = xp.empty((2, len(X), len(Y)))
     units = []
     for Z in (X, Y):
@@ -509,10 +539,7 @@ def kernel_distance(x, y, width, density, method="exact", split=False, **options
 
     split: return the two terms, squared bias and variance, instead of their sum. method, options: see sparse_moments.
     """
-    if not width > 0:
-        raise ValueError(f"width is a positive number, not {width!r}")
-    xp = array_module(x, y)
-    x, y = xp.asarray(x, dtype=np.float64), xp.asarray(y, dtype=np.float64)
+    width, (xp, x, y) = check("width", width), pairs(x, y)
     d = x.shape[-1]
     first, second = sparse_moments(x, y, density, method, **options)[:2]
     dense = relu_moment((x * x).sum(-1), (y * y).sum(-1), (x * y).sum(-1), 1)
@@ -521,7 +548,14 @@ def kernel_distance(x, y, width, density, method="exact", split=False, **options
 
 
 def kernel_distance_formula(width, density, d):
-    """The paper's approximation of Theorem 1 for pd >> 1 (Eq. 4): (1/4d) [(p^(-1/2) - 1)^2 / 4 + (d/n)(1 - 1/pi^2)]."""
+    """The paper's approximation of Theorem 1 for pd >> 1 (Eq. 4): (1/4d) [(p^(-1/2) - 1)^2 / 4 + (d/n)(1 - 1/pi^2)].
+
+    Numbers, or arrays that broadcast.
+    """
+    if not (np.all(np.greater(width, 0)) and np.all(np.greater(d, 0))
+            and np.all(np.greater(density, 0) & np.less_equal(density, 1))):
+        raise ValueError("width and d are positive numbers and density is above 0 and at most 1, "
+                         f"not {width}, {d} and {density}")
     return ((density**-0.5 - 1) ** 2 / 4 + d / width * (1 - 1 / np.pi**2)) / (4 * d)
 
 
@@ -530,8 +564,7 @@ def optimal_density(weights_per_input, d):
 
     With r = p^(-1/2), c = 4 (d / n p)(1 - 1/pi^2), Eq. 4 is stationary where r^4 - r^3 = c: one root r > 1.
     """
-    if not (weights_per_input > 0 and d > 0):
-        raise ValueError(f"weights_per_input and d are positive numbers, not {weights_per_input!r} and {d!r}")
+    weights_per_input, d = check("weights_per_input", weights_per_input), check("d", d)
     roots = np.roots([1, -1, 0, 0, -4 * d / weights_per_input * (1 - 1 / np.pi**2)])
     return float(roots[abs(roots.imag) < 1e-9 * abs(roots)].real.max() ** -2)
 
@@ -545,13 +578,14 @@ def optimal_width(x, y, weights, method="exact", widths=None, **options):
     Seventeen widths in geometric progression bracket the minimum and thirds of the bracket find it, which is right
     when the distance has one valley between the neighbours of the best of them.
     """
-    d = np.shape(x)[-1]
+    d = pairs(x, y)[1].shape[-1]
+    weights = weights if callable(weights) else check("weights", weights)
     count = weights if callable(weights) else lambda width: weights
     if widths is None:
         if callable(weights):
             raise ValueError("with weights a function of the width, optimal_width needs widths=(least, greatest)")
-        widths = math.ceil(weights / d), int(weights)
-    if not 0 < widths[0] <= widths[1]:
+        widths = math.ceil(weights / d), max(int(weights), 1)
+    if len(widths) != 2 or not 0 < widths[0] <= widths[1] or any(n != int(n) for n in widths):
         raise ValueError(f"widths is (least, greatest), two positive integers in this order, not {widths!r}")
 
     @cache
@@ -578,8 +612,8 @@ def measured_kernel(X, Y, width, density, rng):
 
     u is (width, d), its entries N(0, 1/density) with probability density, else 0, drawn from rng, a NumPy generator.
     """
-    check_density(density)
-    xp, X, Y = matrices(X, Y)
+    density, width, (xp, X, Y) = check_density(density), check("width", width, whole=True), matrices(X, Y)
+    check_rng(rng, "measured_kernel")
     d = X.shape[1]
     u = np.zeros((width, d))
     kept = rng.random((width, d)) < density
@@ -607,12 +641,22 @@ def gp_predict(kernel, labels, cross, noises=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), held
     from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
     kernel, labels, cross = (to_host(z) for z in (kernel, labels, cross))
-    N = len(labels)
+    kernel = kernel.astype(np.result_type(kernel, np.float32), copy=False)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        raise ValueError(f"labels are integers from 0, of shape (N,), not {labels.dtype} of shape {labels.shape}"
+                         + f" from {labels.min()}" * (labels.ndim == 1 and labels.size > 0))
+    N, noises = len(labels), [float(noise) for noise in noises]
+    if not noises or not all(0 <= noise < math.inf for noise in noises):
+        raise ValueError(f"noises is a list of one number or more, none of them negative, not {noises}")
     if kernel.shape != (N, N) or cross.ndim != 2 or cross.shape[1] != N:
         raise ValueError(f"{N} labels need a kernel of shape ({N}, {N}) and cross of shape (M, {N}), "
                          f"not {kernel.shape} and {cross.shape}")
     if not 0 < round(held_out * N) < N:
         raise ValueError(f"held_out is a fraction that leaves some of the {N} examples on both sides, not {held_out!r}")
+    if not (np.isfinite(kernel).all() and np.isfinite(cross).all()):
+        raise ValueError("kernel and cross are matrices of finite numbers, without NaN and infinity")
+    if abs(kernel - kernel.T).max() > 1e-3 * abs(kernel).max():
+        raise ValueError("the kernel between training inputs is a symmetric matrix, and this one is not")
     target = np.eye(labels.max() + 1, dtype=kernel.dtype)[labels]  # (N, classes)
     unit = float(np.mean(np.diag(kernel)))
 

@@ -12,6 +12,7 @@ order: the engine, Tensor, operations, layers, masks (Appendix B of the paper), 
 """
 
 import math
+import operator
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,7 +30,7 @@ def use_device(device="auto", number=0, **options):
     """Choose what computes: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
 
     number: of the machine's GPUs. options of a GPU's engine: precision, deterministic, tune, capture. Call it before
-    anything is built. Raises RuntimeError when a GPU is asked for and cannot be used.
+    anything is built: what was built before cannot be used. Raises RuntimeError when a GPU is asked for and cannot be.
     """
     global engine, xp
     if device not in ("auto", "cpu", "gpu"):
@@ -76,32 +77,53 @@ def generator(seed, *key):
 
     key: names and non-negative integers. It runs on the CPU, so a seed means the same on every device.
     """
-    words = [int.from_bytes(k.encode(), "big") if isinstance(k, str) else int(k) for k in key]
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=words))
+    words = [int.from_bytes(k.encode(), "big") if isinstance(k, str) and k else whole(k, "a key that is no name")
+             for k in key]
+    return np.random.default_rng(np.random.SeedSequence(whole(seed, "a seed"), spawn_key=words))
+
+
+def whole(value, what, least=0):
+    """value as an int; ValueError, which names it, unless it is a whole number of at least `least`."""
+    number = int(value) if isinstance(value, (int, float, np.number)) and value == value // 1 else least - 1
+    if number < least:
+        raise ValueError(f"{what} is a whole number of at least {least}, not {value!r}")
+    return number
+
+
+def real(value, what):
+    """value as a float; ValueError, which names it, unless it is a finite number that is not negative."""
+    if not (isinstance(value, (int, float, np.number)) and 0 <= value < math.inf):
+        raise ValueError(f"{what} is a number that is not negative, not {value!r}")
+    return float(value)
 
 
 # ---------------------------------------------------------------------------------------------- Tensor
 
 
+clock = 0  # counts changes of parameters in place
+
+
 class Tensor:
     """An array and how it was computed.
 
-    data: the array; its dtype is kept (Python numbers and lists become float32).
-    grad: d(loss)/d(data) after backward(), an array of data's shape; only on leaves that require it.
+    data: the array, of a floating dtype, which is kept; whole numbers, lists and Python's numbers become float32. Of a
+        Tensor: its array, not its graph. Raises TypeError for what is no number.
+    grad: d(loss)/d(data) after backward(), an array of data's shape and dtype; only on leaves that require it.
     parents, vjp: the tensors it was computed from, and the vector-Jacobian product: the function that takes the
         gradient of the loss with respect to data to a tuple of gradients, one for each parent (None: that parent
-        needs none).
+        needs none); USED_UP after backward().
+    time: of the clock, when it was computed or, a parameter, last changed.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "parents", "vjp")
+    __slots__ = ("data", "grad", "requires_grad", "parents", "vjp", "time")
     __array_ufunc__ = None  # array + Tensor is Tensor.__radd__, not an array of Tensors
     recording = True  # False inside no_grad()
 
-    def __init__(self, data, requires_grad=False):
-        if not isinstance(data, xp.ndarray):
-            data = xp.asarray(data, dtype=None if hasattr(data, "dtype") else np.float32)
+    def __init__(self, data, requires_grad=False, dtype=None):
+        if type(data) is not xp.ndarray or data.dtype.kind not in FLOATS or dtype is not None:
+            data = floats(data, dtype)
         self.data, self.grad, self.requires_grad = data, None, requires_grad
-        self.parents, self.vjp = (), None
+        self.parents, self.vjp, self.time = (), None, clock
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -112,6 +134,9 @@ class Tensor:
     def __repr__(self):
         return f"{type(self).__name__}({self.data!r})"
 
+    def __array__(self, *_, **__):
+        raise TypeError("a Tensor is no array, and NumPy would lose its gradient: use nn's operations, or its .data")
+
     def __len__(self):
         return len(self.data)
 
@@ -119,18 +144,26 @@ class Tensor:
         return self.data.item()
 
     def backward(self, grad=None):
-        """Add d(self)/d(leaf) to .grad of every leaf that requires it; grad defaults to 1 for one number.
+        """Add d(self)/d(leaf) to .grad of every leaf that requires it; grad, of self's shape, is 1 for one number.
 
-        The graph is consumed: what a node kept for its gradient is freed as soon as it was used.
+        The graph is consumed: what a node kept for its gradient is freed as soon as it was used. Raises ValueError,
+        before it changes anything, where part of the graph was used up by an earlier backward(), as by a loss that
+        shares it, or where a parameter was changed since, as by a step: its gradient would be wrong.
         """
-        if self.vjp is None:
+        if not self.requires_grad:
             raise ValueError("backward() on a tensor that no gradient can reach: nothing it was computed from "
-                             "requires one, or its graph was used up by an earlier backward()")
+                             "requires one, or it was computed inside no_grad()")
         if grad is None:
             if self.data.size != 1:
                 raise ValueError(f"backward() without a gradient needs one number, not shape {self.shape}")
             grad = xp.ones_like(self.data)
-        grads = {id(self): xp.asarray(grad, dtype=self.data.dtype)}
+        grad = xp.asarray(grad.data if isinstance(grad, Tensor) else grad, dtype=self.data.dtype)
+        if grad.shape != self.shape:
+            raise ValueError(f"backward() of a tensor of shape {self.shape} takes a gradient of that shape, "
+                             f"not {grad.shape}")
+        if self.vjp is None:
+            return self.accumulate(grad.copy())
+        grads = {id(self): grad}
         order = topological_order(self)
         while order:
             node = order.pop()  # off the list, so that its data is freed once no other node needs it
@@ -138,12 +171,14 @@ class Tensor:
             for parent, dp in zip(node.parents, node.vjp(g)):
                 if dp is None or not parent.requires_grad:
                     continue
+                if dp.dtype is not parent.data.dtype:
+                    dp = dp.astype(parent.data.dtype, copy=False)
                 if parent.vjp is None:  # a leaf owns its gradient: copy what is a view or went through unchanged
                     parent.accumulate(dp.copy() if dp is g or dp.base is not None else dp)
                     continue
                 assert dp.shape == parent.shape, f"gradient of shape {dp.shape} for data of shape {parent.shape}"
                 grads[id(parent)] = engine.add(grads[id(parent)], dp) if id(parent) in grads else dp
-            node.parents, node.vjp = (), None
+            node.parents, node.vjp = (), USED_UP
 
     def accumulate(self, g):
         """Add g, an array that nothing else holds, to .grad."""
@@ -153,8 +188,8 @@ class Tensor:
     # Operators and methods; the operations themselves are the functions below.
     def __add__(self, other): return add(self, other)
     def __radd__(self, other): return add(other, self)
-    def __sub__(self, other): return add(self, -other)
-    def __rsub__(self, other): return add(other, neg(self))
+    def __sub__(self, other): return sub(self, other)
+    def __rsub__(self, other): return sub(other, self)
     def __mul__(self, other): return mul(self, other)
     def __rmul__(self, other): return mul(other, self)
     def __truediv__(self, other): return div(self, other)
@@ -163,6 +198,8 @@ class Tensor:
     def __matmul__(self, other): return matmul(self, other)
     def __rmatmul__(self, other): return matmul(other, self)
     def __neg__(self): return neg(self)
+    def __bool__(self): return bool(self.data)
+    def __float__(self): return float(self.item())
     def __getitem__(self, index): return getitem(self, index)
     def exp(self): return exp(self)
     def log(self): return log(self)
@@ -171,6 +208,20 @@ class Tensor:
     def mean(self, axis=None, keepdims=False): return mean(self, axis, keepdims)
     def reshape(self, *shape): return reshape(self, *shape)
     def transpose(self, *axes): return transpose(self, *axes)
+
+
+USED_UP = "used up"  # the vjp of a node whose gradient was computed
+FLOATS = "fV"  # kinds of dtypes; V is bfloat16's
+
+
+def floats(data, dtype=None):
+    """data as an array of a floating dtype: this one, its own, or float32; see Tensor."""
+    data = data.data if isinstance(data, Tensor) else data
+    array = xp.asarray(data)
+    if array.dtype.kind not in FLOATS + "biu":
+        raise TypeError(f"a Tensor holds numbers, not data of dtype {array.dtype}")
+    own = hasattr(data, "dtype") and array.dtype.kind in FLOATS
+    return xp.asarray(array, dtype=dtype or (array.dtype if own else np.float32))
 
 
 def topological_order(root):
@@ -184,6 +235,12 @@ def topological_order(root):
             continue
         stack.pop()
         if id(node) not in done:
+            if node.vjp is USED_UP:
+                raise ValueError("backward() needs a part of the graph that an earlier backward() used up: add the "
+                                 "losses that share it and call backward() once, or compute it again")
+            if clock > node.time and any(p.time > node.time for p in node.parents):
+                raise ValueError("backward() after a parameter of the graph was changed, by a step or another mask: "
+                                 "compute the loss again")
             done.add(id(node))
             order.append(node)
     return order
@@ -216,13 +273,26 @@ def unbroadcast(g, shape):
     return g.sum(axis=repeated, keepdims=True) if repeated else g
 
 
-def operands(x, y):
-    """Both as Tensors; a number takes the other's dtype, so that 0.1 * x stays as precise as x."""
-    def tensor(value, other):
-        value = value if hasattr(value, "dtype") else xp.asarray(value, dtype=other.dtype)
-        return value if isinstance(value, Tensor) else Tensor(value)
+def tensor(x):
+    """x as a Tensor: itself, or an array as a constant."""
+    return x if isinstance(x, Tensor) else Tensor(x)
 
-    return tensor(x, y), tensor(y, x)
+
+def operands(x, y):
+    """Both as Tensors; what is none, a number or an array, takes the other's dtype, so that 0.1 * x stays as precise as
+    x, and x no more precise than it was.
+    """
+    if not isinstance(y, Tensor):
+        y = Tensor(y, dtype=x.dtype if isinstance(x, Tensor) else None)
+    return x if isinstance(x, Tensor) else Tensor(x, dtype=y.dtype), y
+
+
+def images(x, what):
+    """x as a Tensor; ValueError unless it holds images (N, C, H, W)."""
+    x = tensor(x)
+    if x.ndim != 4 or not x.size:
+        raise ValueError(f"{what} takes images (N, C, H, W), one or more, not {x.shape}")
+    return x
 
 
 # ---------------------------------------------------------------------------------------------- operations
@@ -236,9 +306,17 @@ def add(x, y):
     return result(x.data + y.data, (x, y), lambda g: (unbroadcast(g, x.shape), unbroadcast(g, y.shape)))
 
 
+def sub(x, y):
+    """x - y:  dx = g, dy = -g"""
+    x, y = operands(x, y)
+    return result(x.data - y.data, (x, y), lambda g: (
+        unbroadcast(g, x.shape), -unbroadcast(g, y.shape) if y.requires_grad else None))
+
+
 def mul(x, y):
     """x y:  dx = g y, dy = g x"""
-    if isinstance(y, (int, float)):  # not an array: nothing has to be brought to a GPU
+    if isinstance(x, Tensor) and isinstance(y, (int, float, np.number)):  # nothing has to be brought to a GPU
+        y = float(y)  # not a NumPy number, which would bring its dtype
         return result(x.data * y, (x,), lambda g: (g * y,))
     x, y = operands(x, y)
 
@@ -263,33 +341,41 @@ def div(x, y):
 
 def neg(x):
     """-x:  dx = -g"""
+    x = tensor(x)
     return result(-x.data, (x,), lambda g: (-g,))
 
 
 def power(x, n):
     """x^n for a number n:  dx = g n x^(n-1)"""
+    if not isinstance(n, (int, float, np.number)):
+        raise TypeError(f"the power of a Tensor is a number, not {type(n).__name__}")
+    x, n = tensor(x), n.item() if isinstance(n, np.number) else n
     return result(x.data ** n, (x,), lambda g: (g * n * x.data ** (n - 1 if n else 0),))  # not 0^-1 for n = 0
 
 
 def exp(x):
     """e^x:  dx = g e^x"""
+    x = tensor(x)
     out = xp.exp(x.data)
     return result(out, (x,), lambda g: (g * out,))
 
 
 def log(x):
     """log x:  dx = g / x"""
+    x = tensor(x)
     return result(xp.log(x.data), (x,), lambda g: (g / x.data,))
 
 
 def relu(x):
     """max(x, 0):  dx = g [x > 0]"""
+    x = tensor(x)
     out = xp.maximum(x.data, 0)
     return result(out, (x,), lambda g: (g * (out > 0),))
 
 
 def sum(x, axis=None, keepdims=False):
     """Sum over axis:  dx = g, repeated along axis"""
+    x = tensor(x)
     out = x.data.sum(axis=axis, keepdims=keepdims)
 
     def vjp(g):
@@ -300,26 +386,33 @@ def sum(x, axis=None, keepdims=False):
 
 
 def mean(x, axis=None, keepdims=False):
-    """Mean over axis:  dx = g / n, repeated along axis"""
+    """Mean over axis:  dx = g / n, repeated along axis; ValueError if x has no entries"""
+    x = tensor(x)
+    if not x.size:
+        raise ValueError(f"the mean of a Tensor of shape {x.shape}, without entries, is not defined")
     total = sum(x, axis, keepdims)
     return total * (total.size / x.size)
 
 
 def reshape(x, *shape):
     """Another shape, the same entries in the same order:  dx = g in x's shape"""
+    x = tensor(x)
     shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     return result(x.data.reshape(shape), (x,), lambda g: (g.reshape(x.shape),))
 
 
 def transpose(x, *axes):
     """Axes in another order (reversed if none are given):  dx = g with the axes put back"""
+    x = tensor(x)
     axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
-    axes = tuple(a % x.ndim for a in axes) if axes else tuple(reversed(range(x.ndim)))
-    return result(x.data.transpose(axes), (x,), lambda g: (g.transpose(np.argsort(axes).tolist()),))
+    axes = axes or tuple(reversed(range(x.ndim)))
+    out = x.data.transpose(axes)  # raises ValueError for axes that there are not
+    return result(out, (x,), lambda g: (g.transpose(np.argsort([a % x.ndim for a in axes]).tolist()),))
 
 
 def getitem(x, index):
     """x[index], any NumPy index:  dx = g at index (summed where an entry was taken repeatedly), else 0"""
+    x = tensor(x)
     basic = all(isinstance(i, (int, slice, type(None), type(Ellipsis)))
                 for i in (index if isinstance(index, tuple) else (index,)))
 
@@ -338,6 +431,8 @@ def matmul(x, y):
     """x @ y, batched over leading axes:  dx = g y^T, dy = x^T g"""
     x, y = operands(x, y)
     if x.ndim == 1 and y.ndim == 1:
+        if x.shape != y.shape:
+            raise ValueError(f"vectors of {x.size} and {y.size} entries have no product")
         return sum(x * y)
     if x.ndim == 1:  # (k,) @ (..., k, n)
         out = matmul(reshape(x, 1, -1), y)  # (..., 1, n)
@@ -355,6 +450,11 @@ def matmul(x, y):
 
 def linear(x, w, b=None):
     """y = x w^T + b for x (..., in), w (out, in), b (out,):  dx = g w, dw = g^T x, db = sum of g"""
+    x, w, b = tensor(x), tensor(w), None if b is None else tensor(b)
+    size = w.data.shape
+    if len(size) != 2 or x.data.shape[-1:] != size[1:] or b is not None and b.data.shape != size[:1]:
+        raise ValueError(f"linear takes x (..., in), w (out, in) and b (out,) or None, not {x.shape}, {size} and "
+                         f"{None if b is None else b.shape}")
     if x.ndim != 2:  # (..., in) -> (batch, in) -> (..., out)
         return reshape(linear(reshape(x, -1, x.shape[-1]), w, b), x.shape[:-1] + w.shape[:1])
     parents = (x, w) if b is None else (x, w, b)
@@ -370,9 +470,22 @@ def linear(x, w, b=None):
 
 def classify(logits, labels):
     """(cross_entropy(logits, labels), sums): of the loss over the batch and of correct answers, an array (2,)."""
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"cross_entropy takes logits (N, classes) and labels (N,), "
-                         f"not {logits.shape} and {labels.shape}")
+    logits = tensor(logits)
+    if not isinstance(labels, xp.ndarray):
+        labels = labels.data if isinstance(labels, Tensor) else np.asarray(labels)
+    shape = logits.data.shape
+    if len(shape) != 2 or labels.shape != shape[:1] or 0 in shape:
+        raise ValueError(f"cross_entropy takes logits (N, classes) and labels (N,), one or more of each, "
+                         f"not {shape} and {labels.shape}")
+    if labels.dtype != np.int64:
+        if labels.dtype.kind not in "iu":
+            raise TypeError(f"cross_entropy takes labels that are integers, not of {labels.dtype}")
+        labels = labels.astype(np.int64)
+    if isinstance(labels, np.ndarray):
+        if np.maximum.reduce(labels.view(np.uint64)) >= shape[1]:  # as unsigned numbers negative ones are the largest
+            raise ValueError(f"cross_entropy of {shape[1]} classes takes labels from 0 to {shape[1] - 1}, "
+                             f"not from {labels.min()} to {labels.max()}")
+        labels = labels if xp is np else xp.asarray(labels)
     wanted = Tensor.recording and logits.requires_grad
     loss, sums, saved = engine.cross_entropy(logits.data, labels, wanted)
     return result(loss, (logits,), lambda g: (engine.cross_entropy_gradient(g, saved),)), sums
@@ -382,6 +495,7 @@ def cross_entropy(logits, labels):
     """Mean over the batch of -log softmax(logits)[label]:  dlogits = g (softmax(logits) - onehot(label)) / N
 
     logits (N, classes), labels (N,) integers. Stable for any finite logits: the largest is subtracted first.
+    ValueError for a label of no class, but of an array on a GPU, which would have to be waited for.
     """
     return classify(logits, labels)[0]
 
@@ -395,6 +509,7 @@ def conv2d(x, w, stride=1, padding=0):
     x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W'), H' = (H + 2 padding - kh) // stride + 1. Raises ValueError for
     shapes that do not fit. The gradients are convolutions too: see engines/convolution.py.
     """
+    x, w = tensor(x), tensor(w)
     output_size(x.shape, w.shape, stride, padding)  # raises ValueError
 
     def attempt(work, *arguments):
@@ -424,13 +539,17 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
     variance by `momentum`, in place. Otherwise the running estimates are used. As in PyTorch.
     With add (N, C, H, W) and relu, the end of a residual block is one pass over the images instead of three.
     """
-    if x.ndim != 4 or x.shape[1] != len(running_mean) or add is not None and add.shape != x.shape:
-        raise ValueError(f"batch_norm of {len(running_mean)} channels takes images (N, {len(running_mean)}, H, W), "
+    x, weight, bias, add = tensor(x), tensor(weight), tensor(bias), None if add is None else tensor(add)
+    C = weight.size
+    if x.ndim != 4 or x.shape[1] != C or not x.size or add is not None and add.shape != x.shape:
+        raise ValueError(f"batch_norm of {C} channels takes images (N, {C}, H, W), one or more, "
                          f"not {x.shape}" + (f", and as many to add, not {add.shape}" if add is not None else ""))
-    if training and x.size < 2 * len(running_mean):
+    if any(array.shape != (C,) for array in (weight, bias, running_mean, running_var)):
+        raise ValueError("batch_norm takes weight, bias, running_mean and running_var of one shape (C,)")
+    if training and x.size < 2 * C:
         raise StatisticsError(f"batch_norm needs more than one value for each channel to train, not images of "
-                              f"{x.shape}: choose another --batch or --limit, or fewer processes, so that "
-                              "none has a single image of a batch")
+                              f"{x.shape}: choose a larger batch, and a number of examples and of processes that "
+                              "leaves none with a single image")
     out, saved = engine.batch_norm(x.data, weight.data, bias.data, running_mean, running_var, training, momentum, eps,
                                    None if add is None else add.data, relu)
     positive = out if relu else None
@@ -444,7 +563,7 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
 
 def max_pool2d(x, size, stride=None, padding=0):
     """Largest entry of windows of size x size:  dx = g there, to the first of equals as in PyTorch"""
-    stride = size if stride is None else stride
+    x, stride = images(x, "max_pool2d"), size if stride is None else stride
     pool_size(x.shape, size, stride, padding)  # raises ValueError
     out, saved = engine.max_pool(x.data, size, stride, padding)
     return result(out, (x,), lambda g: (engine.max_pool_gradient(g, saved, x.shape, size, stride, padding),))
@@ -452,6 +571,7 @@ def max_pool2d(x, size, stride=None, padding=0):
 
 def global_avg_pool(x):
     """Mean over each image, (N, C, H, W) -> (N, C):  dx = g / (H W), repeated over the image"""
+    x = images(x, "global_avg_pool")
     return result(engine.mean_pool(x.data), (x,), lambda g: (engine.mean_pool_gradient(g, x.shape, x.dtype),))
 
 
@@ -476,14 +596,28 @@ class Parameter(Tensor):
         self.set_mask(mask)
 
     def set_mask(self, mask):
-        """Take this mask (None: dense) and zero the masked entries."""
+        """Take this mask (None: dense) and zero the masked entries, of the gradient too; an optimiser follows it at its
+        next step.
+        """
+        if mask is not None:
+            given = xp.asarray(mask)
+            if given.shape != self.shape:
+                raise ValueError(f"a mask of shape {given.shape} does not fit a parameter of shape {self.shape}")
+            mask = engine.parameter(given.astype(bool))
+            if given.dtype != bool and not (mask == given).all():
+                raise ValueError("a mask is an array of booleans, or of 0 and 1")
         self.mask, self.density, self.pattern = None, 1.0, None
         if mask is not None:
-            mask = engine.parameter(xp.asarray(mask, dtype=bool))
-            if mask.shape != self.shape:
-                raise ValueError(f"a mask of shape {mask.shape} does not fit a parameter of shape {self.shape}")
             self.mask, self.density, self.pattern = mask, float(mask.mean()), engine.pattern(mask)
-            self.data[~mask] = 0
+            changed([self])
+            for array in (self.data, self.grad):
+                if array is not None:
+                    array[~mask] = 0
+
+    def fill(self, values):
+        """Take these values, an array of the host, but for masked entries."""
+        self.data[...] = xp.asarray(values.astype(self.dtype))
+        self.set_mask(self.mask)
 
     def accumulate(self, g):
         """Add g to .grad; g may be what the engine gives for a mask of low density."""
@@ -495,9 +629,26 @@ class Parameter(Tensor):
         return self.size if self.mask is None else int(self.mask.sum())
 
 
+def changed(parameters):
+    """Note that their data were changed in place: gradients of what was computed before would be wrong."""
+    global clock
+    clock += 1
+    for p in parameters:
+        p.time = clock
+
+
+def inside(collection, prefix=""):
+    """(dotted name, value) of all that a dict, list or tuple holds, also in others in it."""
+    for name, value in collection.items() if isinstance(collection, dict) else enumerate(collection):
+        if isinstance(value, (list, tuple, dict)):
+            yield from inside(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 class Module:
     """A network or a part of one. Its attributes are, in the order in which they were set:
-    Parameters (trained), Modules or lists of Modules (its parts), and arrays (saved with it, not trained).
+    Parameters (trained), Modules (its parts) and arrays (saved with it, not trained), or lists or dicts of those.
     """
 
     training = True
@@ -505,29 +656,37 @@ class Module:
     def __call__(self, *inputs, **options):
         return self.forward(*inputs, **options)
 
+    def entries(self):
+        """(dotted name, value) of the attributes, and of what lists, tuples and dicts among them hold."""
+        return inside(vars(self))
+
     def children(self):
         """(name, part) for the parts of this module, in order."""
-        for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, (list, tuple)):
-                yield from ((f"{name}.{i}", v) for i, v in enumerate(value) if isinstance(v, Module))
+        return ((name, value) for name, value in self.entries() if isinstance(value, Module))
 
-    def named_modules(self, prefix=""):
-        """(dotted name, module) for this module and all below it, in order."""
-        yield prefix.rstrip("."), self
-        for name, child in self.children():
-            yield from child.named_modules(f"{prefix}{name}.")
+    def named_modules(self, prefix="", seen=None):
+        """(dotted name, module) for this module and all below it, in order, each once under its first name."""
+        seen = set() if seen is None else seen
+        if id(self) not in seen:
+            seen.add(id(self))
+            yield prefix.rstrip("."), self
+            for name, child in self.children():
+                yield from child.named_modules(f"{prefix}{name}.", seen)
 
-    def named_arrays(self, kind, prefix=""):
-        for name, value in vars(self).items():
-            if isinstance(value, kind):
-                yield prefix + name, value
-        for name, child in self.children():
-            yield from child.named_arrays(kind, f"{prefix}{name}.")
+    def named_arrays(self, kind):
+        """(dotted name, value) of this kind of attributes here and in all parts, each once under its first name."""
+        seen = set()
+        for module_name, module in self.named_modules():
+            for name, value in module.entries():
+                if isinstance(value, kind) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{module_name}.{name}" if module_name else name, value
 
     def named_parameters(self):
-        """(dotted name, Parameter): its own, then those of its parts, each in the order in which they were set."""
+        """(dotted name, Parameter): its own, then those of its parts, each in the order in which they were set.
+
+        What is used twice, a Module or a Parameter, counts once, here and in all below, state_dict() included.
+        """
         return self.named_arrays(Parameter)
 
     def parameters(self):
@@ -566,6 +725,7 @@ class Module:
             target[...] = xp.asarray(state[name])
         for name, p in parameters.items():
             p.set_mask(state.get(f"{name}.mask"))
+        changed(parameters.values())
 
     def train(self, training=True):
         """Set training mode (BatchNorm uses the batch's statistics) here and in all parts; returns self."""
@@ -583,19 +743,20 @@ class Layer(Module):
     drawing = True  # False inside skip_init()
 
     def __init__(self, shape, bias, dtype, rng):
+        shape = [whole(n, f"each size of a {type(self).__name__}", 1) for n in shape]
         self.weight = Parameter(xp.empty(shape, dtype))
-        self.bias = Parameter(xp.empty(shape[0], dtype)) if bias else None
+        self.bias = Parameter(xp.zeros(shape[0], dtype)) if bias else None
         if self.drawing:
-            self.reset(rng or np.random.default_rng())
+            self.reset(np.random.default_rng(rng))
 
     def reset(self, rng, density=1.0):
         """Draw the weights from U(-b, b), b = 1 / sqrt(fan_in density), the bias likewise (PyTorch's rule with
-        the sparse fan-in). All entries are drawn; the mask is applied by sparsify.
+        the sparse fan-in). All entries are drawn, then those masked are zeroed.
         """
         bound = 1 / math.sqrt(self.weight.data[0].size * density)
         for p in (self.weight, self.bias):
             if p is not None:
-                p.data[...] = xp.asarray(rng.uniform(-bound, bound, p.shape).astype(p.dtype))
+                p.fill(rng.uniform(-bound, bound, p.shape))
 
 
 @contextmanager
@@ -622,8 +783,7 @@ class Linear(Layer):
     def reset(self, rng, density=1.0):
         super().reset(rng, density)
         if self.ntk:
-            w = self.weight
-            w.data[...] = xp.asarray(rng.normal(0, density**-0.5, w.shape).astype(w.dtype))
+            self.weight.fill(rng.normal(0, density**-0.5, self.weight.shape))
 
     def forward(self, x):
         y = linear(x, self.weight, self.bias)
@@ -640,7 +800,7 @@ class Conv2d(Layer):
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, dtype=np.float32,
                  rng=None):
-        self.stride, self.padding = stride, padding
+        self.stride, self.padding = whole(stride, "Conv2d's stride", 1), whole(padding, "Conv2d's padding")
         super().__init__((out_channels, in_channels, kernel_size, kernel_size), bias, dtype, rng)
 
     def forward(self, x):
@@ -654,9 +814,10 @@ class BatchNorm2d(Module):
     """
 
     def __init__(self, channels, eps=1e-5, momentum=0.1, dtype=np.float32):
+        channels = whole(channels, "BatchNorm2d's number of channels", 1)
         self.weight, self.bias = Parameter(xp.ones(channels, dtype)), Parameter(xp.zeros(channels, dtype))
         self.running_mean, self.running_var = xp.zeros(channels, dtype), xp.ones(channels, dtype)
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum = real(eps, "eps"), real(momentum, "momentum")
 
     def forward(self, x, add=None, relu=False):
         return batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, self.training,
@@ -667,20 +828,23 @@ class Flatten(Module):
     """(N, ...) -> (N, everything else)"""
 
     def forward(self, x):
-        return x if x.ndim == 2 else reshape(x, len(x), -1)
+        return x if x.ndim == 2 else reshape(x, len(x), math.prod(x.shape[1:]))
 
 
 class Sequential(Module):
-    """Modules applied one after the other."""
+    """Modules applied one after the other; a slice of it is one too, of the same modules."""
 
     def __init__(self, *modules):
+        for module in modules:
+            if not isinstance(module, Module):
+                raise TypeError(f"Sequential takes Modules, Sequential(Flatten(), Linear(2, 3)), not {module!r}")
         self.modules = list(modules)
 
     def children(self):  # named "0", "1", ... as in PyTorch
-        return ((str(i), module) for i, module in enumerate(self.modules))
+        return ((name.removeprefix("modules."), module) for name, module in super().children())
 
     def __getitem__(self, index):
-        return self.modules[index]
+        return Sequential(*self.modules[index]) if isinstance(index, slice) else self.modules[index]
 
     def __len__(self):
         return len(self.modules)
@@ -695,8 +859,14 @@ class Sequential(Module):
 
 
 def layers(model):
-    """[(name, layer)] of the linear and convolution layers, in order: those whose weights are counted."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
+    """[(name, layer)] of the linear and convolution layers, in order: those whose weights are counted, of layers that
+    share one weight the first.
+    """
+    first = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Layer):
+            first.setdefault(id(module.weight), (name, module))
+    return list(first.values())
 
 
 def weight_count(model):
@@ -706,6 +876,7 @@ def weight_count(model):
 
 def initialize(model, seed):
     """Draw the weights of every layer, each from a generator of its own (seed, index of the layer); dense."""
+    seed = whole(seed, "a seed")
     for index, (_, layer) in enumerate(layers(model)):
         layer.weight.set_mask(None)
         layer.reset(generator(seed, "weights", index))
@@ -721,9 +892,9 @@ def allocate(sizes, budget, how="largest-first"):
     "proportional": one density for all layers, rounded by largest remainder.
     Raises ValueError for a budget below one weight a layer or above the dense count.
     """
-    sizes = [int(s) for s in sizes]
-    dense, budget = int(np.sum(sizes)), int(budget)
-    if not len(sizes) <= budget <= dense or min(sizes) < 1:
+    sizes, budget = [whole(s, "the size of a layer") for s in sizes], whole(budget, "the budget")
+    dense = int(np.sum(sizes))
+    if not len(sizes) <= budget <= dense or min(sizes, default=0) < 1:
         raise ValueError(f"cannot keep {budget:,} weights: {len(sizes)} layers need at least one each "
                          f"and have {dense:,} in all")
     if how == "largest-first":
@@ -760,9 +931,10 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
     Within a layer the mask is a uniformly random subset; weights have the scale of the sparse fan-in. Both come
     from (seed, index of the layer) alone. Returns the kept counts. Raises ValueError for impossible counts.
     """
+    budget, seed = whole(budget, "the budget"), whole(seed, "a seed")
     weights = [layer.weight for _, layer in layers(model)]
     sizes = [w.size for w in weights]
-    kept = [int(k) for k in (allocate(sizes, budget, how) if kept is None else kept)]
+    kept = [whole(k, "a kept count") for k in (allocate(sizes, budget, how) if kept is None else kept)]
     if len(kept) != len(sizes) or int(np.sum(kept)) != budget or any(not 1 <= k <= s for k, s in zip(kept, sizes)):
         raise ValueError(f"kept counts {kept} do not add up to {budget:,} or do not fit layers of {sizes}")
     # What is kept or removed together: one weight, or with io_only one kernel of shape[2:].
@@ -771,6 +943,7 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
         kept = whole_units(kept, units)
     for index, (_, layer) in enumerate(layers(model)):
         w, unit, mask = layer.weight, units[index], None
+        w.set_mask(None)
         layer.reset(generator(seed, "weights", index), density=kept[index] / w.size)
         if kept[index] < w.size:
             mask = np.zeros(w.size // unit, bool)
@@ -809,19 +982,23 @@ class SGD:
         g = g + momentum v  if nesterov,  else  v
         p = p - lr g
 
-    Where a parameter is masked p and g are zero, so v and p stay exactly zero there. Of a parameter of low density
-    only the kept entries take part.
+    Where a parameter is masked p and g are zero, so v and p stay exactly zero there, also when it gets another mask
+    between two steps. Of a parameter of low density only the kept entries take part.
     """
 
     def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
-        if lr < 0 or momentum < 0 or weight_decay < 0:
-            raise ValueError(f"lr, momentum and weight_decay are not negative: {lr}, {momentum}, {weight_decay}")
+        self.rate, self.lr, self.nesterov = None, lr, nesterov
+        self.momentum, self.weight_decay = real(momentum, "momentum"), real(weight_decay, "weight_decay")
         if nesterov and momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         self.params = list(params)
-        self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
+        others = {type(p).__name__ for p in self.params if not isinstance(p, Parameter)}
+        if others:
+            raise TypeError(f"SGD takes Parameters, such as model.parameters(), not {' or '.join(sorted(others))}")
+        if not 0 < len(self.params) == len({id(p) for p in self.params}):
+            raise ValueError("SGD takes one Parameter or more, each once")
         self.velocity = [self.at_rest(p) for p in self.params]  # as the engine keeps them
-        self.rate, self.lr = None, lr
+        self.masks = [p.mask for p in self.params]  # those that the velocities follow
 
     def at_rest(self, p):
         """The velocity of a parameter before the first step."""
@@ -834,11 +1011,24 @@ class SGD:
 
     @lr.setter
     def lr(self, lr):
-        self._lr, self.rate = lr, engine.rate(lr, self.rate)
+        self._lr = real(lr, "lr")
+        self.rate = engine.rate(self._lr, self.rate)
+
+    def follow_masks(self):
+        """Bring the velocities of parameters that got another mask to the entries that are kept now."""
+        for i, p in enumerate(self.params):
+            if p.mask is not self.masks[i]:
+                if self.velocity[i] is not None:
+                    v = spread(engine.velocity_to_host(self.velocity[i]), p.size, self.masks[i])
+                    v *= 1 if p.mask is None else to_host(p.mask).reshape(-1)
+                    self.velocity[i] = engine.velocity_from_host(v, p.data, p.pattern)
+                self.masks[i] = p.mask
 
     def step(self):
+        self.follow_masks()
         params = [(p.data, p.grad, p.mask, p.pattern) for p in self.params]
         self.velocity = engine.sgd(params, self.velocity, self.rate, self.momentum, self.weight_decay, self.nesterov)
+        changed([p for p in self.params if p.grad is not None])
 
     def zero_grad(self):
         for p in self.params:
@@ -846,21 +1036,33 @@ class SGD:
 
     def state_dict(self):
         """{"velocity.0": array of one axis, perhaps of the kept entries alone, ...} of the parameters that have one."""
+        self.follow_masks()
         return {f"velocity.{i}": engine.velocity_to_host(v) for i, v in enumerate(self.velocity) if v is not None}
 
     def load_state_dict(self, state):
-        """Take a state_dict() of an optimiser of the same network, on whichever device it was."""
-        for i, p in enumerate(self.params):
-            v = state.get(f"velocity.{i}")
-            if v is None:
-                self.velocity[i] = self.at_rest(p)
-                continue
-            if v.shape not in ((p.size,), (p.count,)):
-                raise ValueError(f"velocity.{i} has shape {v.shape} instead of ({p.size},)")
-            if v.size < p.size:  # of the kept entries alone
-                v, part = np.zeros(p.size, v.dtype), v
-                v[np.flatnonzero(to_host(p.mask))] = part
-            self.velocity[i] = engine.velocity_from_host(v, p.data, p.pattern)
+        """Take a state_dict() of an optimiser of the same network, which has to have its masks by then, on whichever
+        device it was. Raises ValueError; nothing is changed then.
+        """
+        names = [f"velocity.{i}" for i in range(len(self.params))]
+        wrong = [f"{name} is unexpected" for name in state if name not in names]
+        wrong += [f"{name} has shape {np.shape(state[name])} instead of ({p.size},)"
+                  + f", or ({p.count},) of what its mask keeps: load the network first" * (p.ndim > 1)
+                  for name, p in zip(names, self.params)
+                  if name in state and np.shape(state[name]) not in ((p.size,), (p.count,))]
+        if wrong:
+            raise ValueError("this state does not fit the optimiser: " + "; ".join(wrong))
+        self.masks = [p.mask for p in self.params]
+        self.velocity = [engine.velocity_from_host(spread(state[name], p.size, p.mask), p.data, p.pattern)
+                         if name in state else self.at_rest(p) for name, p in zip(names, self.params)]
+
+
+def spread(values, size, mask):
+    """(size,) of values that are of all entries, or of those alone that the mask keeps."""
+    out = np.array(values)
+    if out.size < size:
+        out = np.zeros(size, out.dtype)
+        out[np.flatnonzero(to_host(mask))] = values
+    return out
 
 
 # Schedules: the learning rate of an epoch, counted from 0. They keep no state, so a resumed run needs none.
@@ -868,7 +1070,7 @@ class SGD:
 
 class ConstantLR:
     def __init__(self, lr):
-        self.lr = lr
+        self.lr = real(lr, "lr")
 
     def __call__(self, epoch):
         return self.lr
@@ -878,7 +1080,8 @@ class MultiStepLR:
     """lr, multiplied by gamma at each milestone epoch."""
 
     def __init__(self, lr, milestones, gamma=0.1):
-        self.lr, self.milestones, self.gamma = lr, sorted(milestones), gamma
+        self.lr, self.gamma = real(lr, "lr"), real(gamma, "gamma")
+        self.milestones = sorted(whole(m, "a milestone") for m in milestones)
 
     def __call__(self, epoch):
         return self.lr * self.gamma ** len([m for m in self.milestones if epoch >= m])
@@ -888,7 +1091,7 @@ class CosineLR:
     """From lr at epoch 0 along half a cosine to minimum at the end of `epochs`."""
 
     def __init__(self, lr, epochs, minimum=0.0):
-        self.lr, self.epochs, self.minimum = lr, epochs, minimum
+        self.lr, self.epochs, self.minimum = real(lr, "lr"), whole(epochs, "epochs", 1), real(minimum, "minimum")
 
     def __call__(self, epoch):
         return self.minimum + (self.lr - self.minimum) * (1 + math.cos(math.pi * epoch / self.epochs)) / 2

@@ -323,7 +323,7 @@ def test_mistakes():
         (lambda: sparse_moments(x, x, 0.5, "enumerate"), "all masks of 30 non-zero coordinates is too long: 20"),
         (lambda: sparse_moments(x, x, 0.5, "sample"), "needs rng, a NumPy generator"),
         (lambda: kernels.kernel_distance(x, x, 0, 0.5), "width is a positive number, not 0"),
-        (lambda: kernels.optimal_density(-1, 784), "weights_per_input and d are positive numbers, not -1 and 784"),
+        (lambda: kernels.optimal_density(-1, 784), "weights_per_input is a positive number, not -1"),
         (lambda: kernels.optimal_width(x, x, lambda n: 9), r"needs widths=\(least, greatest\)"),
         (lambda: kernels.optimal_width(x, x, 50, widths=(9, 5)), r"in this order, not \(9, 5\)"),
         (lambda: kernels.gp_predict(np.eye(3), np.arange(4), np.eye(4)), r"4 labels need a kernel of shape \(4, 4\)"),
@@ -334,6 +334,78 @@ def test_mistakes():
     for mistake, sentence in mistakes:
         with pytest.raises(ValueError, match=sentence):
             mistake()
+
+
+def labelled(labels, n=4, **options):
+    return kernels.gp_predict(np.eye(n), labels, np.eye(n), held_out=0.5, **options)
+
+
+@pytest.mark.parametrize("mistake, sentence", [
+    (lambda x, X, rng: sparse_moments(x, np.ones(1), 0.5), r"arrays \(..., d\) of the same d, not \(30,\) and \(1,\)"),
+    (lambda x, X, rng: sparse_moments(1.0, 1.0, 0.5), r"not \(\) and \(\)"),
+    (lambda x, X, rng: sparse_moments(x * np.nan, x, 0.5), "finite numbers, without NaN"),
+    (lambda x, X, rng: sparse_moments(x, x, "0.5"), "density is a number above 0 and at most 1, not '0.5'"),
+    (lambda x, X, rng: sparse_moments(x, x, np.ones(2)), "density is a number"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, rtol=np.nan), "rtol is a positive number, not nan"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=0, rng=rng), "masks is a positive whole number"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=1, rng=rng), "masks is a number of at least 2"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=9.5, rng=rng), "masks is a positive whole number"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", rng=0), "needs rng, a NumPy generator"),
+    (lambda x, X, rng: kernels.infinite_kernel(X[:, :0]), "matrices with the same number of columns"),
+    (lambda x, X, rng: kernels.kernel_distance(x, np.ones(1), 5, 0.5), "of the same d"),
+    (lambda x, X, rng: kernels.kernel_distance(x[:0], x[:0], 5, 0.5), "of the same d"),
+    (lambda x, X, rng: kernels.kernel_distance(x, x, "5", 0.5), "width is a positive number, not '5'"),
+    (lambda x, X, rng: kernels.measured_kernel(X, X, 0, 0.5, rng), "width is a positive whole number, not 0"),
+    (lambda x, X, rng: kernels.measured_kernel(X, X, 1.5, 0.5, rng), "width is a positive whole number, not 1.5"),
+    (lambda x, X, rng: kernels.measured_kernel(X, X, 5, 0.5, None), "measured_kernel needs rng"),
+    (lambda x, X, rng: kernels.kernel_distance_formula(10, 1.5, 30), "density is above 0 and at most 1"),
+    (lambda x, X, rng: kernels.kernel_distance_formula(np.array([10, -1]), 0.5, 30), "width and d are positive"),
+    (lambda x, X, rng: kernels.optimal_width(x, x, 0), "weights is a positive number, not 0"),
+    (lambda x, X, rng: kernels.optimal_width(x, x, 50, widths=(4.5, 9)), "two positive integers"),
+    (lambda x, X, rng: kernels.optimal_width(x, x, 50, widths=(4, 9, 12)), "two positive integers"),
+    (lambda x, X, rng: labelled([0, 1, -1, 0]), "labels are integers from 0, .* from -1"),
+    (lambda x, X, rng: labelled([0.0, 1, 1, 0]), "labels are integers from 0"),
+    (lambda x, X, rng: labelled([True, False, True, False]), "labels are integers from 0"),
+    (lambda x, X, rng: labelled([[0], [1], [1], [0]]), "labels are integers from 0"),
+    (lambda x, X, rng: labelled([0, 1, 1, 0], noises=()), "noises is a list of one number or more"),
+    (lambda x, X, rng: labelled([0, 1, 1, 0], noises=(-0.5,)), "none of them negative"),
+    (lambda x, X, rng: labelled([0, 1, 1, 0], noises=(np.nan,)), "none of them negative"),
+    (lambda x, X, rng: kernels.gp_predict(np.eye(4) * np.nan, [0, 1, 1, 0], np.eye(4)), "finite numbers, without NaN"),
+    (lambda x, X, rng: kernels.gp_predict(np.eye(4), [0, 1, 1, 0], np.eye(4) / 0.0), "finite numbers, without NaN"),
+    (lambda x, X, rng: kernels.gp_predict(np.tri(4), [0, 1, 1, 0], np.eye(4)), "is a symmetric matrix"),
+])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_wrong_values_are_told_in_one_sentence(mistake, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        mistake(np.ones(30), np.ones((3, 4)), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("function", [
+    lambda a: kernels.infinite_kernel(a.astype(complex)), lambda a: sparse_moments(a, a.astype(complex), 0.5),
+    lambda a: sparse_moments(a.astype(str), a, 0.5)])
+def test_inputs_are_real_numbers(function):
+    with pytest.raises(TypeError, match="real numbers, not"):
+        function(np.ones((2, 3)))
+
+
+def test_numbers_of_all_kinds_are_as_good_as_python_floats():
+    """NumPy's small types would overflow or round: a density or a width of them, bytes, a kernel of integers."""
+    rng = np.random.default_rng(18)
+    X = rng.integers(0, 256, (3, 40), np.uint8)
+    x, y = X[:2]
+    density, width = np.float32(0.2), np.uint8(20)
+    for method in ("exact", "series"):
+        plain = x.astype(float), y.astype(float)
+        np.testing.assert_array_equal(sparse_moments(x, y, density, method),
+                                      sparse_moments(*plain, float(density), method))
+        np.testing.assert_array_equal(kernels.kernel_distance(x, y, width, density, method),
+                                      kernels.kernel_distance(*plain, 20, float(density), method))
+    measured = [kernels.measured_kernel(X, None, n, p, np.random.default_rng(0))
+                for n, p in ((width, density), (20.0, float(density)))]
+    np.testing.assert_array_equal(*measured)
+    assert labelled([0, 1, 1, 0]).scores.dtype == np.float64
+    whole = kernels.gp_predict(np.eye(4, dtype=int), [0, 1, 1, 0], np.eye(4, dtype=int), held_out=0.5)
+    np.testing.assert_allclose(whole.scores, labelled([0, 1, 1, 0]).scores)
 
 
 def test_small_sets_of_inputs():
