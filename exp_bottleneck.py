@@ -156,7 +156,7 @@ def notes(s):
 
 EXPERIMENT = lab.Experiment(
     resnet.EXPERIMENT.name,  # so that the sparse and plain networks are the runs of exp_resnet_cifar.py
-    __file__, __doc__, Settings, train,
+    __file__, __doc__, Settings, load, train,
     {"fig3": lab.Figure("accuracy over width of linear and non-linear bottlenecks, and of sparse networks", fig3_runs,
                         draw.fig3, notes=notes)},
     quick=dict(epochs=3, limit=1000, held_out=500, seeds=1, jobs=2, base_width=8, bases="8", widths="12"),

@@ -127,10 +127,10 @@ def train(run):
         with nn.no_grad():
             return nn.classify(model(nn.Tensor(x)), labels)[1]
 
-    for epoch in run.epochs(model, optimizer):  # from the last checkpoint on; records each epoch, saves when due
-        for x, labels in run.training_batches(dataset):
+    for epoch in run.epochs(model, optimizer, dataset):  # from the last checkpoint on; records each epoch, saves when due
+        for x, labels in run.training_batches():
             run.count(step(x, labels))  # into the epoch's training loss and accuracy; below, into the test's
-        for x, labels in run.test_batches(dataset, 1000):
+        for x, labels in run.test_batches(1000):
             run.count(test(x, labels))
 
 
@@ -263,7 +263,7 @@ FIGURES = {
 }
 
 EXPERIMENT = lab.Experiment(
-    "mlp_mnist", __file__, __doc__, Settings, train, FIGURES,
+    "mlp_mnist", __file__, __doc__, Settings, load, train, FIGURES,
     quick=dict(epochs=30, seeds=1, jobs=2),
     quick_help="30 epochs; without --width the figure `width`, trained and drawn",
     quick_figure="width",

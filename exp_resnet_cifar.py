@@ -187,13 +187,13 @@ def fit(run, dataset, model, test_batch=128):
         with nn.no_grad():
             return nn.classify(model(nn.Tensor(x)), labels)[1]
 
-    for epoch in run.epochs(model, optimizer):  # from the last checkpoint on; records each epoch, saves when due
+    for epoch in run.epochs(model, optimizer, dataset):  # from the last checkpoint on; records each epoch, saves when due
         optimizer.lr = rate(epoch)
         model.train()
-        for x, labels in run.training_batches(dataset):
+        for x, labels in run.training_batches():
             run.count(step(x, labels))  # into the epoch's training loss and accuracy; below, into the test's
         model.eval()
-        for x, labels in run.test_batches(dataset, test_batch):
+        for x, labels in run.test_batches(test_batch):
             run.count(test(x, labels))
 
 
@@ -292,7 +292,7 @@ FIGURES = {
 }
 
 EXPERIMENT = lab.Experiment(
-    "resnet_cifar", __file__, __doc__, Settings, train, FIGURES,
+    "resnet_cifar", __file__, __doc__, Settings, load, train, FIGURES,
     quick=dict(epochs=6, limit=2000, held_out=1000, seeds=1, jobs=2, base_width=8, bases="8", widths="8,18"),
     quick_help="6 epochs of 2,000 images, tested on 1,000 others; without --width the figure fig6 at two widths",
     quick_figure="fig6",

@@ -112,7 +112,7 @@ def paper(s):
 
 
 EXPERIMENT = lab.Experiment(
-    "resnet_imagenet", __file__, __doc__, Settings, train,
+    "resnet_imagenet", __file__, __doc__, Settings, load, train,
     {
         "table1": lab.Figure("Table 1 and Figure 13: sparse and dense accuracy over width", table1_runs,
                              functools.partial(draw.table1, sparse=SPARSE, dense=DENSE), paper),

@@ -2,10 +2,10 @@
 
 A script states its Settings, a function train(run) and its figures, and hands them to main() as an Experiment:
 
-    for epoch in run.epochs(model, optimizer):
-        for x, labels in run.training_batches(dataset):
+    for epoch in run.epochs(model, optimizer, dataset):
+        for x, labels in run.training_batches():
             run.count(step(x, labels))
-        for x, labels in run.test_batches(dataset, 1000):
+        for x, labels in run.test_batches(1000):
             run.count(test(x, labels))
 """
 

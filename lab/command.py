@@ -4,7 +4,9 @@
 """
 
 import argparse
+import contextlib
 import math
+import os
 import sys
 import time
 import traceback
@@ -16,9 +18,10 @@ import numpy as np
 import nn
 from lab.figures import plot
 from lab.processes import Alone, world
-from lab.run import EXPECTED, Run, percent
+from lab.files import FileFault
+from lab.run import EXPECTED, Run, check_same_data, data_of, percent
 from lab.settings import UsageError, flag
-from lab.sweep import sweep, sweep_in_processes
+from lab.sweep import WORKER, sweep, sweep_in_processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +52,6 @@ def parse(experiment, argv):
                       help="only say what would be trained, and estimate time, memory and disk")
     for action, (help, _) in experiment.actions.items():
         todo.add_argument(f"--{action}", action="store_true", help=help)
-    todo.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a process of --jobs
     group = parser.add_argument_group("settings")
     types = typing.get_type_hints(experiment.settings)
     for f in fields(experiment.settings):
@@ -59,6 +61,8 @@ def parse(experiment, argv):
         else:
             metavar = "|".join(f.metadata["choices"] or [kind.__name__[0].upper()])
             how = dict(type=kind, metavar=metavar, help=f"{f.metadata['help']} (default: {f.default})")
+            if kind is str and f.metadata["place"]:
+                how["type"] = os.path.expanduser  # --out=~/runs, which shells leave as it is
         group.add_argument(flag(f.name), default=f.default, **how)
     given = {word.split("=")[0] for word in argv}
     if "--quick" in given:
@@ -87,8 +91,8 @@ class DryRun(Run):
     STEPS, ENOUGH = 20, 5  # that are timed, and seconds after which fewer do
     SLOW = {"cpu": 0, "gpu": 3}  # steps that are slower than those that follow: compiled, planned and captured by then
 
-    def epochs(self, model, optimizer):
-        self.optimizer = optimizer
+    def epochs(self, model, optimizer, dataset):
+        self.optimizer, self.dataset = optimizer, dataset
         yield 0
         self.table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
                       f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
@@ -98,15 +102,15 @@ class DryRun(Run):
         self.memory = nn.engine.memory() or peak_memory()
         self.seconds = self.settings.epochs * (self.training + self.testing)
 
-    def training_batches(self, dataset):
-        s = self.settings
+    def training_batches(self):
+        s, dataset = self.settings, self.dataset
         self.optimizer.lr = 0  # the estimate must not depend on how training would go
         step = yield from self.timed(dataset.train_batches(s.batch, s.seed, 0))
         self.training = step * math.ceil(len(dataset.train_labels) / s.batch)
 
-    def test_batches(self, dataset, batch):
-        step = yield from self.timed(dataset.test_batches(batch))
-        self.testing = step * len(dataset.test_labels) / min(batch, len(dataset.test_labels))
+    def test_batches(self, batch):
+        step = yield from self.timed(self.dataset.test_batches(batch))
+        self.testing = step * len(self.dataset.test_labels) / min(batch, len(self.dataset.test_labels))
 
     def timed(self, batches):
         """Some of the batches; returns the median time of what is done with one, or of making it where that is more."""
@@ -150,7 +154,7 @@ def dry_run(experiment, runs):
         if network not in estimates:
             with np.errstate(over="ignore", invalid="ignore"):
                 experiment.train(run)
-            run.optimizer = None  # the next one needs the memory
+            run.optimizer = run.dataset = None  # the next one needs the memory
             estimates[network] = run
         run = estimates[network]
         total, most = total + run.seconds, max(most, run.memory)
@@ -195,29 +199,104 @@ def perform(experiment, settings, todo, argv, ranks):
         print(*[f"{run.settings.run_name()}: {run.status()}" for run in runs], *figure.notes(settings),
               f"{sum(run.done() for run in runs)} of {len(runs)} runs are done", sep="\n")
         return 0
-    if ranks.size == 1 and settings.jobs > 1 and not todo.worker:
+    worker = WORKER in os.environ
+    if not worker and ranks.rank == 0:
+        check_data_of_sweep(experiment, runs)
+    ranks.wait()  # before the others begin
+    if ranks.size == 1 and settings.jobs > 1 and not worker:
         code = sweep_in_processes(min(settings.jobs, len(runs)), experiment.script, argv)
     else:
-        code = 1 if sweep(runs, ranks, not todo.worker and ranks.size == 1) else 0
-    if todo.quick_figure and not code and not todo.worker and ranks.rank == 0:
+        code = 1 if sweep(runs, ranks, not worker and ranks.size == 1) else 0
+    if todo.quick_figure and not code and not worker and ranks.rank == 0:
         plot(experiment, name, settings, todo.metric, record=False)
     return code
+
+
+def check_data_of_sweep(experiment, runs):
+    """FileFault if runs that are done were trained on other data than the others would be."""
+    left = [run for run in runs if not run.done()]
+    done = [run for run in runs if run.done() and data_of(run.result())[0]]
+    if left and done:
+        dataset = experiment.load(left[0].settings)
+        for run in done:
+            run.check_data(dataset)
+
+
+def compare_data(run, result):
+    """FileFault if a run that is done was trained on other data than those that its settings name; no more than a word
+    if these are not here.
+    """
+    if data_of(result)[0]:
+        try:
+            dataset = run.experiment.load(run.settings)
+        except FileFault as fault:
+            reason = str(fault).split("; ")[0]
+            run.say(f"the data were not compared with those it was trained on: {reason}", sys.stderr)
+        else:
+            run.check_data(dataset)
 
 
 def train_one(run):
     with run.lock() as mine:
         if not mine:
             raise UsageError(f"another process is training {run.folder}")
-        result = run.ranks.broadcast(run.result()) or run.perform()
+        result = run.ranks.broadcast(run.result())
+        if result and run.ranks.rank == 0:
+            compare_data(run, result)
+        result = result or run.perform()
     run.say(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
             f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "
-            f"{result['epochs']} epoch{'s' * (result['epochs'] != 1)} in {result['seconds']:.0f} s")
+            f"{result['epochs']} epoch{'s' * (result['epochs'] != 1)} in {result['seconds']:.0f} s"
+            + (f"; diverged: the loss was no longer finite in epoch {result['epochs'] + 1}"
+               if result["diverged"] else ""))
     return 1 if result["diverged"] else 0
+
+
+class Screen:
+    """stdout or stderr. Once nobody can read it (a closed terminal, | head) writing to it does nothing: no work depends
+    on who is looking. What its encoding has no character for becomes a question mark.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None where the shell closed it
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        return self.attempt(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, work, *arguments):
+        try:
+            return work(*arguments)
+        except (OSError, ValueError):  # ValueError: it was closed
+            with contextlib.suppress(OSError, ValueError):  # Python flushes it once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def screens():
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Screen, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
 def main(experiment, argv=None):
     """The command line of an experiment; returns the exit code. A rank that fails ends the whole job."""
-    argv = sys.argv[1:] if argv is None else argv
+    with screens():
+        return command(experiment, sys.argv[1:] if argv is None else list(argv))
+
+
+def command(experiment, argv):
     ranks, performing, script = Alone(), False, experiment.command
     try:
         ranks = world()
@@ -226,8 +305,6 @@ def main(experiment, argv=None):
         return perform(experiment, settings, todo, argv, ranks)
     except EXPECTED as error:
         message, code = f"{script}: {error}", 2
-    except BrokenPipeError:  # nobody reads on, as in --list fig6 | head
-        message, code = "", 1
     except OSError as error:
         mendable = isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError))  # a wrong setting
         message, code = f"{script}: {error.filename or 'a file'}: {error.strerror or error}", 2 if mendable else 1

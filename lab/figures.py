@@ -8,8 +8,10 @@ grow: recording a figure again keeps the rows of runs that are not on this disk.
 experiments is in draw_mlp.py and draw_resnet.py, made of the parts at the end here.
 """
 
+import collections
 import json
 import math
+import os
 import sys
 import textwrap
 import typing
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.files import FileFault, as_json, read_json, write_whole
-from lab.run import Run, check_result, percent
+from lab.run import Run, as_list, check_result, data_of, percent
 from lab.settings import Settings, UsageError
 
 RECORDS = Path(__file__).resolve().parent.parent / "results"
@@ -159,8 +161,10 @@ def row_of(settings, result):
     keep = ("weights", "connectivity", "diverged", "best_test_acc", "final_test_acc", "best_train_acc",
             "final_train_acc", "epochs", "seconds")
     ranks = config_of(result).get("ranks", [1])  # that trained it
+    digest, unpublished = data_of(result)
     return ({"data": settings.data, "run": settings.run_name()} | {k: result[k] for k in keep}
-            | ({"ranks": ranks} if ranks != [1] else {}))
+            | ({"ranks": ranks} if ranks != [1] else {}) | ({"digest": digest[:16]} if digest else {})
+            | ({"unpublished": unpublished} if unpublished else {}))
 
 
 def config_of(result):
@@ -176,8 +180,8 @@ def record_of(experiment, name, settings, runs, results, before, computed=None):
     """
     done = [(s, r) for s, r in zip(runs, results) if r]
     versions = before.get("versions", []) if any("run" in r for _, r in done) else []
-    for made in (config_of(r).get("versions") for _, r in done):
-        versions = versions if made is None or made in versions else [*versions, made]
+    for made in (made for _, r in done for made in as_list(config_of(r).get("versions"))):
+        versions = versions if made in versions else [*versions, made]
     head = {"figure": name, "shows": experiment.figures[name].help, "versions": versions,
             "command": plot_command(experiment, name, settings)}
     head |= {"missing": len(runs) - len(done)} if len(done) < len(runs) else {}
@@ -204,6 +208,17 @@ def computed_for(experiment, name, settings, runs, recorded):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, as_json({"runs": about, "computed": computed}))
     return computed
+
+
+def about_data_of(results):
+    """Lines that say of runs trained on data that are not the published ones, or not all on the same, that they are."""
+    digests, unpublished = zip(*map(data_of, results), strict=True)
+    lines = [f"the data: {which}" for which in dict.fromkeys(unpublished) if which]
+    counts = collections.Counter(digest[:16] for digest in digests if digest)
+    if len(counts) > 1:
+        lines.append("not all runs were trained on the same data: "
+                     + ", ".join(f"{count} on SHA-256 {digest}" for digest, count in counts.items()))
+    return lines
 
 
 def plot(experiment, name, settings, metric, record):
@@ -233,6 +248,7 @@ def plot(experiment, name, settings, metric, record):
     grouped = points(runs, results)
     computed = [computed_for(experiment, name, settings, runs, head if recorded else {})] if figure.compute else []
     picture, summary = figure.draw(grouped, metric, *computed)
+    summary = [*summary, *(about_data_of(list(filter(None, results))) if figure.trained else [])]
     if figure.trained:
         print(*table(figure, grouped, metric, experiment.command), *figure.notes(settings), "", sep="\n")
     print(f"{name}: {figure.help}", *summary, sep="\n")
@@ -295,7 +311,11 @@ def weights_of(line):
 
 def panels(columns=1, size=(7, 4.4), **options):
     """(matplotlib figure, its panel or panels side by side)"""
-    from matplotlib.figure import Figure  # here: training takes no pictures
+    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, unknown outside; here pictures only become files
+    try:
+        from matplotlib.figure import Figure  # here: training takes no pictures
+    finally:
+        os.environ |= {"MPLBACKEND": backend} if backend is not None else {}
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(1, columns, **options)

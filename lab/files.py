@@ -100,9 +100,9 @@ def save_arrays(arrays):
     np.savez(buffer, **arrays)
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = bytes(SEAL_LENGTH)
-    content = buffer.getbuffer()
-    content[-SEAL_LENGTH:] = SEAL + hashlib.sha256(content[:-SEAL_LENGTH]).hexdigest().encode()
-    return content
+    with buffer.getbuffer() as content:
+        content[-SEAL_LENGTH:] = SEAL + hashlib.sha256(content[:-SEAL_LENGTH]).hexdigest().encode()
+    return buffer.getvalue()
 
 
 def load_arrays(content):

@@ -56,12 +56,12 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ what a script calls
 
-    def epochs(self, model, optimizer):
+    def epochs(self, model, optimizer, dataset):
         """The numbers of the epochs that are left, counted from 0; after the body of each it is recorded.
 
-        Model and optimizer take the state of the last checkpoint first.
+        Model and optimizer take the state of the last checkpoint first. FileFault if that was trained on other data.
         """
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.dataset = model, optimizer, dataset
         self.stopped = self.at_the_end.enter_context(stop_signals())  # from before the first write
         progress = self.load_checkpoint()
         if self.ranks.rank == 0:
@@ -69,8 +69,13 @@ class Run:
             self.write_config(anew=progress is None)
         about = np.array([json.dumps(self.settings.identity()), nn.engine.name])
         self.ranks.check_same("before training", "settings", about)
+        digest = np.array(dataset.digest)
+        self.ranks.check_same("before training", "data", digest, dataset.train_labels, dataset.test_labels)
         self.check_same_network("before training")
+        if self.ranks.rank == 0 and dataset.unpublished:
+            say_once(f"{dataset.name}: {dataset.unpublished}")
         p = self.progress = progress or Progress()
+        self.bar = self.at_the_end.enter_context(self.progress_bar())
         self.saved = time.monotonic()
         while p.epoch < self.settings.epochs:
             self.began, self.tested = time.monotonic() - p.seconds, (0.0, 0.0)
@@ -80,18 +85,15 @@ class Run:
             if self.save_is_due() or p.epoch == self.settings.epochs:
                 self.save_checkpoint()
 
-    def training_batches(self, dataset):
+    def training_batches(self):
         """(x, labels) of the batches of this epoch that are left, of several ranks the share of this one, perhaps none.
 
-        After each step the sums given to count() are added up, and signals and the clock are looked at: SIGTERM and
-        SIGINT save and end the process. Raises Diverged once the loss is not finite.
+        After each step the sums given to count() are added up, and signals and the clock are looked at: SIGTERM,
+        SIGINT and SIGHUP save and end the process. Raises Diverged once the loss is not finite.
         """
         s, p, ranks = self.settings, self.progress, self.ranks
-        if self.bar is None:
-            ranks.check_same("before training", "data", dataset.train_labels, dataset.test_labels)
-            self.bar = self.at_the_end.enter_context(self.progress_bar(dataset))
-        count, nothing, looked = len(dataset.train_labels), nn.xp.zeros(2), time.monotonic()
-        for x, labels in dataset.train_batches(s.batch, s.seed, p.epoch, p.step, (ranks.rank, ranks.size)):
+        count, nothing, looked = len(self.dataset.train_labels), nn.xp.zeros(2), time.monotonic()
+        for x, labels in self.dataset.train_batches(s.batch, s.seed, p.epoch, p.step, (ranks.rank, ranks.size)):
             self.share, self.counted = len(labels) / min(s.batch, count - p.step * s.batch), nothing
             yield x, labels
             sums, seen, told = ranks.sum(self.counted, len(labels), len(self.stopped))
@@ -107,12 +109,12 @@ class Run:
                     self.save_amid_epoch()
         self.look()
 
-    def test_batches(self, dataset, batch):
+    def test_batches(self, batch):
         """(x, labels) of batches of so many examples of the test set, on each rank; the sums given to count() become
         the epoch's test loss and accuracy. Signals end the process as they do in training.
         """
         ranks, seen, self.counted = self.ranks, 0, nn.xp.zeros(2)
-        for x, labels in dataset.test_batches(batch * ranks.size, (ranks.rank, ranks.size)):
+        for x, labels in self.dataset.test_batches(batch * ranks.size, (ranks.rank, ranks.size)):
             if any(ranks.sum(len(self.stopped))):
                 self.stop()
             if len(labels):
@@ -134,10 +136,10 @@ class Run:
     def perform(self, bar=True):
         """Train from the last checkpoint, or from the beginning, to the end; returns the result.
 
-        Call it while holding lock(). SIGTERM and SIGINT end it after the step at hand with a checkpoint and
+        Call it while holding lock(). SIGTERM, SIGINT and SIGHUP end it after the step at hand with a checkpoint and
         SystemExit(128 + signal). A loss that is not finite ends the run, recorded as diverged.
         """
-        self.show, self.bar, diverged = bar, None, False  # the bar is there from the first step on
+        self.show, diverged = bar, False
         # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
         with contextlib.ExitStack() as self.at_the_end, np.errstate(over="ignore", invalid="ignore"):
             try:
@@ -156,9 +158,9 @@ class Run:
             state = [*self.model.state_dict().values(), *self.optimizer.state_dict().values()]
             self.ranks.check_same(when, "network", *state)
 
-    def progress_bar(self, dataset):
+    def progress_bar(self):
         s, p = self.settings, self.progress
-        steps = math.ceil(len(dataset.train_labels) / s.batch)  # an epoch
+        steps = math.ceil(len(self.dataset.train_labels) / s.batch)  # an epoch
         return tqdm(total=s.epochs * steps, initial=p.epoch * steps + p.step, unit="step", mininterval=0.5,
                     disable=None if self.show and self.ranks.rank == 0 else True)
 
@@ -192,12 +194,13 @@ class Run:
             tqdm.write(text, file)
 
     def write_config(self, anew):
-        """config.json: settings and versions of the first start; of every start that changed them, ranks and device."""
+        """config.json: the settings, the data, and of every start that changed them versions, ranks and device."""
         config = None if anew else self.config()
         if not isinstance(config, dict):
-            config = {"settings": self.settings.identity(), "versions": versions()}
-        for name, value in (("ranks", self.ranks.size), ("devices", nn.engine.name)):
-            before = config.get(name) if isinstance(config.get(name), list) else []
+            config = {"settings": self.settings.identity()}
+        config["data"] = about_data(self.dataset)
+        for name, value in (("versions", versions()), ("ranks", self.ranks.size), ("devices", nn.engine.name)):
+            before = as_list(config.get(name))
             config[name] = before if before[-1:] == [value] else [*before, value]
         self.write("config.json", as_json(config))
 
@@ -213,7 +216,8 @@ class Run:
         if self.ranks.rank:  # all ranks hold the same
             return
         arrays = {f"{part}.{name}": value for part in PARTS for name, value in getattr(self, part).state_dict().items()}
-        arrays |= {"settings": np.asarray(json.dumps(self.settings.identity())), "format": np.asarray(FORMAT)}
+        arrays |= {"settings": np.asarray(json.dumps(self.settings.identity())), "format": np.asarray(FORMAT),
+                   "data": np.asarray(self.dataset.digest)}
         self.write("checkpoint.npz", save_arrays(arrays))
         self.write_log()
         self.saved = time.monotonic()
@@ -268,6 +272,11 @@ class Run:
                 self.check_same_settings(saved, f"{path}: it")
         return result
 
+    def check_data(self, dataset):
+        """FileFault if the run is done, and was trained on other data."""
+        result = self.result()
+        check_same_data(data_of(result)[0], dataset, f"{self.folder / 'result.json'}: it")
+
     def config(self):
         """config.json, None if it is not there or no longer readable."""
         with contextlib.suppress(FileFault):
@@ -310,6 +319,7 @@ class Run:
             if (version := int(arrays.pop("format"))) != FORMAT:
                 raise FileFault(f"it is of format {version}, this program reads {FORMAT}")
             self.check_same_settings(json.loads(str(arrays.pop("settings"))), "it")
+            check_same_data(str(arrays.pop("data", "")), self.dataset, "it")
             part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")} for p in PARTS}
             for name, array in self.model.state_dict().items():
                 if name in part["model"] and part["model"][name].dtype != array.dtype:
@@ -325,6 +335,41 @@ class Run:
         """FileFault that begins with `it` if the settings in a file are not this run's."""
         if wrong := self.settings.differences(saved):
             raise FileFault(f"{it} belongs to a run with other settings: {', '.join(wrong)}")
+
+
+# ---------------------------------------------------------------------------------------------- data and results
+
+
+def about_data(dataset):
+    """What config.json says of the data: their digest and, if they are not the published ones, which are not."""
+    return {"sha256": dataset.digest} | ({"unpublished": dataset.unpublished} if dataset.unpublished else {})
+
+
+@functools.cache
+def say_once(text):
+    tqdm.write(text, sys.stderr)
+
+
+def check_same_data(digest, dataset, it):
+    """FileFault that begins with `it` if data of this digest (nothing: not known) are not those of the data set."""
+    if digest and dataset.digest and not dataset.digest.startswith(digest):  # a record's row has the beginning of it
+        raise FileFault(f"{it} was trained on other data than the {dataset.name} that is found now: their SHA-256 is "
+                        f"{digest[:16]} instead of {dataset.digest[:16]}")
+
+
+def data_of(result):
+    """(digest, what is unpublished) of the data a result is of; "" where it does not say."""
+    match result:
+        case {"config": {"data": {"sha256": str(digest), **rest}}}:
+            return digest, str(rest.get("unpublished", ""))
+        case {"digest": str(digest), **rest}:  # a record's row
+            return digest, str(rest.get("unpublished", ""))
+    return "", ""
+
+
+def as_list(value):
+    """What is kept of every start; versions were once of the first alone."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 NUMBERS = ("weights", "connectivity", "epochs", "seconds", "best_test_acc", "final_test_acc", "best_train_acc",
@@ -378,12 +423,15 @@ class Progress:
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that SIGTERM and SIGINT put their number into, so that neither a step nor a save is cut in the middle: not
-    by a second Ctrl-C either. Only a main thread gets signals.
+    """A list that SIGTERM, SIGINT and SIGHUP (the terminal was closed, and nohup does not hide it) put their number
+    into, so that neither a step nor a save is cut in the middle: not by a second Ctrl-C either. Only a main thread gets
+    signals.
     """
-    stopped, signals = [], (signal.SIGTERM, signal.SIGINT)
+    stopped, signals = [], [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
-        signals = ()
+        signals = []
     before = {sig: signal.signal(sig, lambda number, frame: stopped.append(number)) for sig in signals}
     try:
         yield stopped

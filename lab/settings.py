@@ -122,16 +122,17 @@ class Settings:
 class Experiment:
     """What main() needs to know of a script.
 
-    script: its path. train(run) trains one network, see exp_mlp_mnist.py. figures: {name: Figure}. quick: the settings
-    that --quick changes; quick_figure: what it sweeps and draws if no width is given. figures_choose: {setting: the
-    flags that figures take in its place}. actions: {flag: (help, what it does with the settings)} of what can be done
-    besides training.
+    script: its path. load(settings) gives its Dataset, train(run) trains one network, see exp_mlp_mnist.py. figures:
+    {name: Figure}. quick: the settings that --quick changes; quick_figure: what it sweeps and draws if no width is
+    given. figures_choose: {setting: the flags that figures take in its place}. actions: {flag: (help, what it does with
+    the settings)} of what can be done besides training.
     """
 
     name: str
     script: str
     description: str
     settings: type
+    load: typing.Callable
     train: typing.Callable
     figures: dict
     quick: dict

@@ -14,6 +14,9 @@ import time
 from engines import host
 from lab.processes import SIZES, THREADS, Alone
 from lab.run import percent, stop_signals
+from lab.settings import UsageError
+
+WORKER = "SWEEP_WORKER"  # environment variable of a process of --jobs
 
 
 def sweep(runs, ranks=Alone(), bar=True):
@@ -72,10 +75,17 @@ def succeeded(run, runs, bar):
 
 
 def sweep_in_processes(jobs, script, argv):
-    """The same command in `jobs` processes that share the cores; returns the worst exit code."""
+    """The same command in `jobs` processes that share the cores; returns the worst exit code.
+
+    Which script called main() does not matter: the workers run the experiment's. WORKER keeps one that has a call of
+    its own, with other words, from starting workers in its turn.
+    """
+    if not os.path.isfile(script):
+        raise UsageError(f"--jobs starts processes that run {script}, and there is no such file; without it one process "
+                         "trains all runs")
     env = {k: v for k, v in os.environ.items() if k not in SIZES}  # a worker is no rank of a job
-    env |= dict.fromkeys(THREADS, str(max(1, host.cores() // jobs)))
-    command = [sys.executable, script, *argv, "--worker"]
+    env |= dict.fromkeys(THREADS, str(max(1, host.cores() // jobs))) | {WORKER: "1"}
+    command = [sys.executable, script, *argv]
     with stop_signals() as stopped:
         workers = [subprocess.Popen(command, env=env) for _ in range(jobs)]
         while None in [w.poll() for w in workers] and not stopped:

@@ -1,8 +1,11 @@
 """lab.figures: points and their statistics, tables, records that grow and that are edited badly, what pictures say."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -302,3 +305,31 @@ def test_every_record_is_drawn_by_its_command(path, tmp_path, capsys):
     means = {f"{100 * row['best_test_acc']:.2f} % (1)" for row in record["runs"] if record["figure"] == "fig5"}
     assert all(mean in told.out for mean in means)
     assert all(isinstance(row[name], (int, float)) for row in record["runs"] for name in NUMBERS)
+
+
+@pytest.mark.parametrize("value", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_pictures_need_no_backend(tmp_path, value):
+    """A notebook's shell names one that a program outside of it may not have."""
+    script = ("import os; from lab import figures; figure, _ = figures.panels(); figure.savefig('x.png'); "
+              f"assert os.environ['MPLBACKEND'] == {value!r}")
+    env = os.environ | {"MPLBACKEND": value, "PYTHONPATH": str(RECORDS[0].parent.parent)}
+    subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, check=True)
+    assert (tmp_path / "x.png").stat().st_size
+
+
+def test_a_figure_names_its_data(records, tmp_path, capsys):
+    """On the screen, and each run's in the record."""
+    s = mlp.Settings(data="synthetic", out=str(tmp_path), seeds=2)
+    experiment = replace(mlp.EXPERIMENT, figures={"fig": lab.Figure("", lambda s: lab.over_seeds(s, [s], 2),
+                                                                    draw_mlp.width)})
+    about = [{"sha256": "a" * 64, "unpublished": "train.bin is not the original"}, {"sha256": "b" * 64}]
+    for seed, data in enumerate(about):
+        result = made_up()
+        finish(experiment, replace(s, seed=seed), result | {"config": result["config"] | {"data": data}})
+    for record, out in ((True, s.out), (False, str(tmp_path / "none"))):
+        figures.plot(experiment, "fig", replace(s, out=out), "best", record=record)
+        told = capsys.readouterr().out
+        assert "the data: train.bin is not the original\n" in told
+        assert f"trained on the same data: 1 on SHA-256 {'a' * 16}, 1 on SHA-256 {'b' * 16}\n" in told
+    rows = read_json(records / "mlp_mnist_synthetic_fig.json")["runs"]
+    assert [row["digest"] for row in rows] == ["a" * 16, "b" * 16] and "unpublished" not in rows[1]

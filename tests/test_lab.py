@@ -95,7 +95,8 @@ def test_a_run_leaves_its_whole_record(tmp_path):
     assert result["weights"] == 300 and result["connectivity"] == pytest.approx(300 / (36 * 12 + 120))
     assert [(layer["shape"], layer["kept"]) for layer in result["layers"]] == [([12, 36], 180), ([10, 12], 120)]
     assert result["epochs"] == 3 and not result["diverged"] and result["config"] == config
-    assert config["settings"] == run.settings.identity() and config["versions"]["numpy"] == np.__version__
+    assert config["settings"] == run.settings.identity() and config["versions"][0]["numpy"] == np.__version__
+    assert config["data"] == {"sha256": tiny.load(run.settings).digest} and len(config["versions"]) == 1
     assert config["ranks"] == [1] and config["devices"] == ["cpu"]
     rows = list(csv.DictReader(open(run.folder / "log.csv")))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3] and set(rows[0]) == set(lab.run.COLUMNS)
@@ -111,10 +112,10 @@ def test_recorded_numbers_are_those_of_the_network(tmp_path):
     def train(run):
         dataset, model = tiny.images(35, 30, side=6), nn.Sequential(nn.Flatten(), nn.Linear(36, 10))
         nn.initialize(model, 0)
-        for epoch in run.epochs(model, nn.SGD(model.parameters(), 0)):
-            for x, labels in run.training_batches(dataset):
+        for epoch in run.epochs(model, nn.SGD(model.parameters(), 0), dataset):
+            for x, labels in run.training_batches():
                 run.count(nn.classify(model(nn.Tensor(x)), labels)[1])
-            for x, labels in run.test_batches(dataset, 8):
+            for x, labels in run.test_batches(8):
                 run.count(nn.classify(model(nn.Tensor(x)), labels)[1])
         for part in ("train", "test"):
             x = getattr(dataset, f"{part}_images") * dataset.scale + dataset.shift
@@ -139,6 +140,7 @@ def test_a_diverged_run_is_recorded(tmp_path, capsys, recwarn, save_every):
     assert "the loss is no longer finite in epoch 1; recorded as diverged" in capsys.readouterr().out
     assert run.status() == "diverged in epoch 1" and not recwarn.list
     assert command.main(TINY, flags(tmp_path, lr=1e30)) == 1
+    assert "diverged: the loss was no longer finite in epoch 1" in capsys.readouterr().out
 
 
 def test_a_run_cut_at_any_checkpoint_goes_on_as_if_uncut(tmp_path, monkeypatch):
@@ -168,7 +170,7 @@ def test_a_command_that_is_told_to_stop_goes_on_bit_for_bit(tmp_path):
         return [path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("checkpoint.npz")]
 
     subprocess.run([*words, f"--out={tmp_path / 'uncut'}"], env=ENV, check=True, capture_output=True)
-    for sent, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+    for sent, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)):
         before = saved()
         process = subprocess.Popen([*words, f"--out={tmp_path / 'cut'}"], env=ENV, text=True, stderr=subprocess.PIPE)
         tiny.wait_for(lambda: saved() != before, process)
@@ -204,9 +206,9 @@ def test_what_a_run_changes_around_it_is_put_back(tmp_path):
 
 def test_running_again_does_nothing(tmp_path):
     run = finished(run_of(tmp_path))
-    before = {p: p.stat().st_mtime_ns for p in run.folder.iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in run.folder.glob("[!.]*")}
     assert command.main(TINY, flags(tmp_path)) == 0
-    assert before == {p: p.stat().st_mtime_ns for p in run.folder.iterdir()}
+    assert before == {p: p.stat().st_mtime_ns for p in run.folder.glob("[!.]*")}
 
 
 def test_a_wrong_checkpoint_is_refused(tmp_path):
@@ -266,17 +268,84 @@ def test_whatever_lies_in_a_folder_has_a_status(tmp_path, name, content, status)
     assert run.status() == status.replace("FAILED", f"{run.folder / 'failed.json'}") and run.config() is None
 
 
-def test_the_starts_of_a_run_are_in_its_config(tmp_path):
+def test_the_starts_of_a_run_are_in_its_config(tmp_path, monkeypatch):
     run = run_of(tmp_path)
     run.folder.mkdir(parents=True)
     old = {"settings": run.settings.identity(), "versions": {"numpy": "1"}, "ranks": [2]}  # of a run that goes on
     finished(run)
     (run.folder / "config.json").write_text(json.dumps(old))
     finished(run)
-    assert run.config() == old | {"ranks": [2, 1], "devices": ["cpu"]}
+    now = lab.run.versions()
+    assert run.config() == old | {"versions": [{"numpy": "1"}, now], "ranks": [2, 1], "devices": ["cpu"],
+                                  "data": {"sha256": tiny.load(run.settings).digest}}
+    monkeypatch.setattr(lab.run, "versions", lambda: {"code": "changed"})
+    finished(run)
+    assert run.config()["versions"] == [{"numpy": "1"}, now, {"code": "changed"}]
     (run.folder / "checkpoint.npz").unlink()  # it begins anew
     finished(run)
-    assert run.config()["versions"]["numpy"] == np.__version__ and run.config()["ranks"] == [1]
+    assert run.config()["versions"] == [{"code": "changed"}] and run.config()["ranks"] == [1]
+
+
+def test_a_run_goes_on_and_is_done_with_the_data_that_it_began_with(tmp_path, capsys):
+    """What was kept before there were digests is taken as it is."""
+    def others(s):
+        return tiny.images(35, 31, side=6).augmented(1, True)
+
+    def on_others(run):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiny, "load", others)
+            tiny.train(run)
+
+    experiment, run = replace(TINY, load=others, train=on_others), finished(run_of(tmp_path))
+    old, new = (load(run.settings).digest[:16] for load in (tiny.load, others))
+    says = f"was trained on other data than the synthetic that is found now: their SHA-256 is {old} instead of {new}"
+    assert command.main(experiment, flags(tmp_path)) == 2
+    assert capsys.readouterr().err == f"tiny.py: {run.folder / 'result.json'}: it {says}\n"
+    assert command.main(experiment, [*flags(tmp_path), "--sweep", "many"]) == 2  # seed 0 is one of its runs
+    assert says in capsys.readouterr().err and len(list(tmp_path.rglob("result.json"))) == 1
+    (run.folder / "result.json").unlink()
+    assert command.main(experiment, flags(tmp_path)) == 2
+    assert f"checkpoint.npz cannot be continued: it {says}; remove it to begin" in capsys.readouterr().err
+
+    arrays = files.load_arrays((run.folder / "checkpoint.npz").read_bytes())
+    assert str(arrays.pop("data")) == tiny.load(run.settings).digest
+    (run.folder / "checkpoint.npz").write_bytes(files.save_arrays(arrays))
+    assert command.main(experiment, flags(tmp_path)) == 0
+    result = run.result()
+    assert result["config"]["data"] == {"sha256": others(run.settings).digest}
+    assert command.main(experiment, flags(tmp_path)) == 0
+    del result["config"]["data"]
+    (run.folder / "result.json").write_text(json.dumps(result))
+    capsys.readouterr()
+    assert command.main(TINY, flags(tmp_path)) == 0 and not capsys.readouterr().err
+
+
+def test_a_result_whose_data_are_not_here_is_shown(tmp_path, capsys):
+    def gone(s):
+        raise files.FileFault("there is no data/mnist")
+
+    finished(run_of(tmp_path))
+    capsys.readouterr()
+    assert command.main(replace(TINY, load=gone), flags(tmp_path)) == 0
+    told = capsys.readouterr()
+    assert told.err == "the data were not compared with those it was trained on: there is no data/mnist\n"
+    assert "test accuracy" in told.out
+
+
+def test_data_that_are_not_the_published_ones_are_named(tmp_path, capsys):
+    """Once for all runs of a process, and in what each leaves."""
+    experiment = replace(TINY, train=train_unpublished)
+    for seed in (0, 1):
+        finished(run_of(tmp_path, experiment, seed=seed))
+        assert run_of(tmp_path, seed=seed).result()["config"]["data"]["unpublished"] == "train.bin is not the original"
+    assert capsys.readouterr().err == "synthetic: train.bin is not the original\n"
+
+
+def train_unpublished(run):
+    with pytest.MonkeyPatch.context() as patch:
+        dataset = replace(tiny.load(run.settings), unpublished="train.bin is not the original")
+        patch.setattr(tiny, "load", lambda s: dataset)
+        tiny.train(run)
 
 
 def test_the_hash_of_the_code_covers_all_that_computes(monkeypatch, tmp_path):

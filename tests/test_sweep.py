@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def test_what_a_sweep_in_processes_says_of_those_that_die(tmp_path, capfd, codes
     script = tmp_path / "worker.py"
     script.write_text(f"""
 import os, sys
-assert sys.argv[2] == "--worker" and os.environ["OPENBLAS_NUM_THREADS"] and "PMI_SIZE" not in os.environ
+assert os.environ["SWEEP_WORKER"] and os.environ["OPENBLAS_NUM_THREADS"] and "PMI_SIZE" not in os.environ
 for i, code in enumerate({codes}):
     try:
         open(sys.argv[1] + f"/{{i}}", "x")
@@ -186,3 +187,83 @@ def test_a_figure_that_needs_no_training_is_not_swept(tmp_path, capsys):
     e = replace(TINY, figures={"many": replace(TINY.figures["many"], trained=False)})
     assert command.main(e, [*flags(tmp_path), "--sweep", "many"]) == 2
     assert capsys.readouterr().err == "tiny.py: many needs no training; --plot many draws it\n"
+
+
+# ---------------------------------------------------------------------------------------------- other programs
+
+
+def program(tmp_path, words, then=""):
+    """The path of a script that trains the twelve runs of a figure with a call of main() that nothing guards."""
+    path = tmp_path / "own.py"
+    path.write_text(f"""
+import sys
+import threading
+from dataclasses import replace
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+import lab
+import tiny
+print("started", file=open({str(tmp_path / "starts")!r}, "a"))
+experiment = replace(tiny.TINY, script={str(path)!r})
+code = lab.main(experiment, {[*flags(tmp_path / "out"), "--sweep", "many", *words]})
+{then}
+sys.exit(code)
+""")
+    return [sys.executable, str(path)]
+
+
+def all_done(tmp_path):
+    assert len(list(tmp_path.rglob("result.json"))) == 12 and not list(tmp_path.rglob("failed.json"))
+
+
+def test_jobs_of_ones_own_script_start_no_jobs(tmp_path):
+    """The workers run it again, and with it its call that asks for two."""
+    subprocess.run(program(tmp_path, ["--jobs", "2"]), env=ENV, check=True, timeout=60)
+    all_done(tmp_path)
+    assert len((tmp_path / "starts").read_text().split()) == 3
+
+
+def test_jobs_without_a_script_are_refused(tmp_path, capsys):
+    experiment = replace(TINY, script="<a cell of a notebook>")
+    assert command.main(experiment, [*flags(tmp_path), "--sweep", "many", "--jobs", "2"]) == 2
+    assert "--jobs starts processes that run <a cell of a notebook>, and there is no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_nobody_has_to_read_what_a_sweep_says(tmp_path, jobs):
+    """As after `| head`: both of its pipes are closed at once."""
+    process = subprocess.Popen(program(tmp_path, ["--jobs", jobs]), env=ENV, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    all_done(tmp_path)
+
+
+def test_a_closed_terminal_changes_nothing(tmp_path):
+    """Of a process that is not told: writing to it is an input/output error."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(program(tmp_path, []), env=ENV, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    tiny.wait_for(lambda: list(tmp_path.rglob("result.json")), process)
+    os.close(ours)
+    assert process.wait(60) == 0
+    all_done(tmp_path)
+
+
+def test_closed_and_narrow_screens(tmp_path):
+    words = " ".join(program(tmp_path, [], "print('and then', chr(177))"))
+    subprocess.run(["sh", "-c", f"{words} >&- 2>&-"], env=ENV, check=True, timeout=60)
+    all_done(tmp_path)
+    script = "import sys, lab.command; s = lab.command.Screen(sys.stdout); print('5 \u00b1 1', file=s, flush=True)"
+    done = subprocess.run([sys.executable, "-c", script], env=ENV | {"PYTHONIOENCODING": "ascii"}, cwd=ROOT,
+                          capture_output=True, check=True, text=True)
+    assert done.stdout == "5 ? 1\n"
+
+
+def test_a_command_line_in_another_thread(tmp_path):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(command.main(TINY, [*flags(tmp_path), "--sweep", "many"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    all_done(tmp_path)

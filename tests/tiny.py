@@ -1,6 +1,7 @@
 """Runs small enough to be made by the hundred, and what they leave behind; for the tests of lab."""
 
 import csv
+import hashlib
 import re
 import time
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ def images(train, test, side, channels=1, classes=10):
     halves = (Arrays(pixels[part], labels[part]).standardized(np.full((channels, 1, 1), 0.5),
                                                               np.full((channels, 1, 1), 0.3))
               for part in (slice(train), slice(train, None)))
-    return Dataset("synthetic", classes, *halves)
+    return Dataset("synthetic", classes, *halves, digest=hashlib.sha256(pixels).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Estimate(nn.Module):
         return x - nn.Tensor(self.running.copy())
 
 
+def load(s):
+    return images(35, 30, side=6).augmented(1, True)
+
+
 def build(s):
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, s.width), Estimate(), nn.ReLU(), nn.Linear(s.width, 10))
     nn.sparsify(model, 300, s.seed)
@@ -53,12 +58,12 @@ def build(s):
 def train(run, build=build, step_seen=lambda optimizer, x, labels: None):
     """Four steps an epoch; masks, running estimates, momentum, crops and flips: all that a continuation has to have."""
     s = run.settings
-    dataset, model = images(35, 30, side=6).augmented(1, True), build(s)
+    dataset, model = load(s), build(s)
     optimizer = nn.SGD(model.parameters(), s.lr, momentum=0.9, weight_decay=1e-3)
-    for epoch in run.epochs(model, optimizer):
+    for epoch in run.epochs(model, optimizer, dataset):
         optimizer.lr = s.lr * 0.9**epoch
         model.train()
-        for x, labels in run.training_batches(dataset):
+        for x, labels in run.training_batches():
             step_seen(optimizer, x, labels)
             loss, sums = nn.classify(model(nn.Tensor(x)), labels)
             loss.backward()
@@ -67,12 +72,12 @@ def train(run, build=build, step_seen=lambda optimizer, x, labels: None):
             optimizer.zero_grad()
             run.count(sums)
         model.eval()
-        for x, labels in run.test_batches(dataset, 10):
+        for x, labels in run.test_batches(10):
             with nn.no_grad():
                 run.count(nn.classify(model(nn.Tensor(x)), labels)[1])
 
 
-TINY = lab.Experiment("tiny", "tiny.py", __doc__, Settings, train,
+TINY = lab.Experiment("tiny", "tiny.py", __doc__, Settings, load, train,
                       {"many": lab.Figure("", lambda s: [replace(s, seed=i) for i in range(12)], None)}, {}, "", "")
 
 
