@@ -24,12 +24,25 @@ WORTH = 4e7  # multiplications from which two threads are faster than one, for P
 
 # ---------------------------------------------------------------------------------------------- threads
 
+# What users choose the number of threads of BLAS by
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
 
 @functools.cache
 def cores():
-    """How many threads to use: as many as BLAS was allowed to (OPENBLAS_NUM_THREADS), by itself one for each core."""
+    """How many threads to use: as many as BLAS was allowed to, by itself one for each core. A BLAS that does not tell
+    (Apple's) was allowed what THREADS say.
+    """
     libraries = ThreadpoolController().select(user_api="blas").lib_controllers
-    return max([library.num_threads for library in libraries], default=os.cpu_count()) or 1
+    if libraries:
+        return max(library.num_threads for library in libraries)
+    allowed = [int(text) for text in map(os.environ.get, THREADS) if text and text.isdecimal() and int(text)]
+    return min(allowed, default=available())
+
+
+def available():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

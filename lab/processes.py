@@ -17,10 +17,10 @@ import time
 import numpy as np
 
 import nn
+from engines.host import THREADS
 
 # How many processes the launcher started: MPICH, Intel MPI and Slurm's pmi2; Open MPI; MVAPICH; Slurm's pmix
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 BUCKET = 2**22  # bytes added up at a time: the sum of one bucket runs while the next is put together
 POLL_EVERY = 0.01  # seconds between looks at whether the others are there; MPI's own waiting keeps a core busy
 
@@ -190,4 +190,6 @@ def share_cores(local):
         return
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
     bound = len(set().union(*local.allgather(allowed))) > len(allowed)  # the launcher gave each its own
-    threadpool_limits(len(allowed) if bound else max(1, len(allowed) // local.size))
+    number = len(allowed) if bound else max(1, len(allowed) // local.size)
+    threadpool_limits(number)
+    os.environ |= dict.fromkeys(THREADS, str(number))  # for a BLAS that threadpoolctl does not know

@@ -12,7 +12,7 @@ import sys
 import time
 
 from engines import host
-from lab.processes import SIZES, THREADS, Alone
+from lab.processes import SIZES, Alone
 from lab.run import percent, stop_signals
 from lab.settings import UsageError
 
@@ -84,7 +84,7 @@ def sweep_in_processes(jobs, script, argv):
         raise UsageError(f"--jobs starts processes that run {script}, and there is no such file; without it one process "
                          "trains all runs")
     env = {k: v for k, v in os.environ.items() if k not in SIZES}  # a worker is no rank of a job
-    env |= dict.fromkeys(THREADS, str(max(1, host.cores() // jobs))) | {WORKER: "1"}
+    env |= dict.fromkeys(host.THREADS, str(max(1, host.cores() // jobs))) | {WORKER: "1"}
     command = [sys.executable, script, *argv]
     with stop_signals() as stopped:
         workers = [subprocess.Popen(command, env=env) for _ in range(jobs)]

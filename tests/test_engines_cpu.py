@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -612,6 +613,24 @@ def test_importing_changes_nothing_for_others():
         assert not {"cupy", "scipy", "matplotlib", "datasets", "lab"} & set(sys.modules)""")
 
 
+KNOWN_BLAS = pytest.mark.skipif(not surroundings()[0], reason="threadpoolctl does not know NumPy's BLAS")
+
+
+def test_a_blas_that_does_not_tell_how_many_threads_it_has(monkeypatch):
+    monkeypatch.setattr(host, "ThreadpoolController", lambda: types.SimpleNamespace(
+        select=lambda user_api: types.SimpleNamespace(lib_controllers=[])))
+    for name in host.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    assert host.cores.__wrapped__() == host.available() >= 1
+    monkeypatch.setenv("VECLIB_MAXIMUM_THREADS", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert host.cores.__wrapped__() == 3
+    guard = host.OneBlasThread()
+    with guard:
+        assert guard.libraries == []
+
+
+@KNOWN_BLAS
 def test_the_last_of_several_threads_restores_blas():
     """Two threads are inside at once; whichever leaves last restores what the first had found."""
     with threadpool_limits(2, "blas"), ThreadPoolExecutor(2) as pool:
@@ -632,6 +651,7 @@ def test_the_last_of_several_threads_restores_blas():
         assert surroundings()[0] == before
 
 
+@KNOWN_BLAS
 def test_linear_layers_beside_convolutions_use_one_thread(monkeypatch):
     """From an engine's first convolution on, since BLAS's own threads would go on spinning; before it, all of them."""
     class Spy(np.ndarray):

@@ -29,6 +29,7 @@ import exp_resnet_cifar as resnet  # noqa: E402
 import lab  # noqa: E402
 import nn  # noqa: E402
 from datasets import DataError  # noqa: E402
+from engines import host  # noqa: E402
 from lab import command, processes, run  # noqa: E402
 
 BESIDE = str(Path(sys.executable).parent)  # where pip puts the mpirun of a wheel
@@ -170,8 +171,6 @@ def job_average(path):
 
 def job_cores():
     from threadpoolctl import threadpool_info
-
-    from engines import host
 
     world = processes.world()
     threads = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
@@ -444,7 +443,7 @@ def test_processes_that_mpi_does_not_connect_are_refused(tmp_path, stub, says):
 
 @with_mpi
 def test_ranks_share_the_cores_of_a_machine():
-    out, _ = ended(2, "cores", **dict.fromkeys(processes.THREADS, ""))
+    out, _ = ended(2, "cores", **dict.fromkeys(host.THREADS, ""))
     cores = max(1, os.cpu_count() // 2)
     assert out.count(f"threads 2 {{{cores}}} {cores}\n") == 2
 
