@@ -352,7 +352,7 @@ def say_once(text):
 
 def check_same_data(digest, dataset, it):
     """FileFault that begins with `it` if data of this digest (nothing: not known) are not those of the data set."""
-    if digest and dataset.digest and not dataset.digest.startswith(digest):  # a record's row has the beginning of it
+    if digest and dataset.digest and digest != dataset.digest:
         raise FileFault(f"{it} was trained on other data than the {dataset.name} that is found now: their SHA-256 is "
                         f"{digest[:16]} instead of {dataset.digest[:16]}")
 
