@@ -656,13 +656,9 @@ class Module:
     def __call__(self, *inputs, **options):
         return self.forward(*inputs, **options)
 
-    def entries(self):
-        """(dotted name, value) of the attributes, and of what lists, tuples and dicts among them hold."""
-        return inside(vars(self))
-
     def children(self):
         """(name, part) for the parts of this module, in order."""
-        return ((name, value) for name, value in self.entries() if isinstance(value, Module))
+        return ((name, value) for name, value in inside(vars(self)) if isinstance(value, Module))
 
     def named_modules(self, prefix="", seen=None):
         """(dotted name, module) for this module and all below it, in order, each once under its first name."""
@@ -677,7 +673,7 @@ class Module:
         """(dotted name, value) of this kind of attributes here and in all parts, each once under its first name."""
         seen = set()
         for module_name, module in self.named_modules():
-            for name, value in module.entries():
+            for name, value in inside(vars(module)):
                 if isinstance(value, kind) and id(value) not in seen:
                     seen.add(id(value))
                     yield f"{module_name}.{name}" if module_name else name, value
