@@ -67,15 +67,23 @@ def test_a_run_that_was_finished_while_we_waited_for_its_lock_is_not_trained_aga
     assert sweep([run], bar=False) == 0 and not answers
 
 
-@pytest.mark.parametrize("step", [1, 12])
-def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path, step):
+@pytest.fixture
+def terminal():
+    """As if there were one, whose end is told by SIGHUP; nohup, which may have started the tests, hides it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("step, sent", [(1, signal.SIGTERM), (12, signal.SIGTERM), (5, signal.SIGHUP)])
+def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path, terminal, step, sent):
     """Its run is saved; after the last step, it is done."""
     seen = []
 
     def step_seen(*batch):
         seen.append(1)
         if len(seen) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
 
     def train(run):
         tiny.train(run, step_seen=step_seen)
@@ -83,11 +91,17 @@ def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path, step):
     runs = [run_of(tmp_path, replace(TINY, train=train), seed=i) for i in range(2)]
     with pytest.raises(SystemExit) as stop:
         sweep(runs, bar=False)
-    assert stop.value.code == 143 and not runs[1].folder.exists() and len(seen) == step
+    assert stop.value.code == 128 + sent and not runs[1].folder.exists() and len(seen) == step
     assert (runs[0].folder / "checkpoint.npz").exists() and not runs[0].done()
     assert sweep(runs, bar=False) == 0
     finished(run_of(tmp_path / "uncut"))
     tiny.assert_same(runs[0].folder, tiny.remains(run_of(tmp_path / "uncut").folder))
+
+
+def test_nohup_hides_the_end_of_the_terminal(tmp_path, terminal):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    end = lambda *batch: os.kill(os.getpid(), signal.SIGHUP)  # noqa: E731
+    assert finished(run_of(tmp_path, replace(TINY, train=lambda run: tiny.train(run, step_seen=end)))).done()
 
 
 def test_a_stop_during_an_evaluation_saves_the_epoch_before_it(tmp_path, monkeypatch):
