@@ -705,6 +705,7 @@ def four(*shape):
     (lambda: four(2, 3).transpose(0, 3), "axis 3 is out of bounds"),
     (lambda: nn.linear(four(), four(2, 3)), r"linear takes x \(..., in\), .* not \(\), \(2, 3\) and None"),
     (lambda: nn.linear(four(5, 3), four(2, 3), four(1)), r"not \(5, 3\), \(2, 3\) and \(1,\)"),
+    (lambda: nn.linear(np.ones((5, 3)), four(2, 3)), "linear takes x and w of one floating type, not float64 and float32"),
     (lambda: nn.linear(four(5, 3), four(2, 4)), r"not \(5, 3\), \(2, 4\)"),
     (lambda: nn.conv2d(four(1, 1, 4, 4), four(1, 1, 2, 2), 1.5), "stride of at least 1 and .*, not 1.5 and 0"),
     (lambda: nn.conv2d(four(1, 1, 4, 4), four(1, 1, 2, 2), (1, 1)), r"stride of at least 1 and .*, not \(1, 1\) and 0"),
