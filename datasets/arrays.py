@@ -26,8 +26,10 @@ def normalized(name, classes, train, test, mean, std, others=()):
     """
     mean, std = np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))  # (C,) -> (C, 1, 1)
     halves = (Arrays(*half).standardized(mean, std) for half in (train, test))
-    one = "is not the published one" if len(others) == 1 else "are not the published ones"
-    return Dataset(name, classes, *halves, digest_of(*train, *test), f"{few([path.name for path in others])} {one}" if others else "")
+    unpublished = few([path.name for path in others])
+    if others:
+        unpublished += " is not the published one" if len(others) == 1 else " are not the published ones"
+    return Dataset(name, classes, *halves, digest_of(*train, *test), unpublished)
 
 
 def few(names):

@@ -81,8 +81,8 @@ def sweep_in_processes(jobs, script, argv):
     its own, with other words, from starting workers in its turn.
     """
     if not os.path.isfile(script):
-        raise UsageError(f"--jobs starts processes that run {script}, and there is no such file; without it one process "
-                         "trains all runs")
+        raise UsageError(f"--jobs starts processes that run {script}, and there is no such file; without it one "
+                         "process trains all runs")
     env = {k: v for k, v in os.environ.items() if k not in SIZES}  # a worker is no rank of a job
     env |= dict.fromkeys(host.THREADS, str(max(1, host.cores() // jobs))) | {WORKER: "1"}
     command = [sys.executable, script, *argv]

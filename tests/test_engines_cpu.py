@@ -212,7 +212,7 @@ def images(*shape, dtype=np.float32):
         ((2, 3, 8, 8), (4, 3, 3, 3), (0, 1), "stride of at least 1.*not 0 and 1"),
         ((2, 3, 8, 8), (4, 3, 3, 3), (1, -1), "padding of at least 0, not 1 and -1"),
         ((0, 3, 8, 8), (4, 3, 3, 3), (1, 1), r"not \(0, 3, 8, 8\)"))),
-    (lambda: nn.conv2d(images(2, 3, 4, 4), images(4, 3, 3, 3, dtype="float64")), "floating type, not float32 and float64"),
+    (lambda: nn.conv2d(images(2, 3, 4, 4), images(4, 3, 3, 3, dtype="float64")), "type, not float32 and float64"),
     *((lambda training=training, x=x, add=add: nn.BatchNorm2d(3).train(training)(images(*x), add=add and images(*add)),
        r"3 channels takes images \(N, 3, H, W\), one or more, not")
       for training in (True, False)

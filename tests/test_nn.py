@@ -705,7 +705,7 @@ def four(*shape):
     (lambda: four(2, 3).transpose(0, 3), "axis 3 is out of bounds"),
     (lambda: nn.linear(four(), four(2, 3)), r"linear takes x \(..., in\), .* not \(\), \(2, 3\) and None"),
     (lambda: nn.linear(four(5, 3), four(2, 3), four(1)), r"not \(5, 3\), \(2, 3\) and \(1,\)"),
-    (lambda: nn.linear(np.ones((5, 3)), four(2, 3)), "linear takes x and w of one floating type, not float64 and float32"),
+    (lambda: nn.linear(np.ones((5, 3)), four(2, 3)), "one floating type, not float64 and float32"),
     (lambda: nn.linear(four(5, 3), four(2, 4)), r"not \(5, 3\), \(2, 4\)"),
     (lambda: nn.conv2d(four(1, 1, 4, 4), four(1, 1, 2, 2), 1.5), "stride of at least 1 and .*, not 1.5 and 0"),
     (lambda: nn.conv2d(four(1, 1, 4, 4), four(1, 1, 2, 2), (1, 1)), r"stride of at least 1 and .*, not \(1, 1\) and 0"),
@@ -731,7 +731,7 @@ def four(*shape):
     (lambda: nn.allocate([5, 5], 5.5), "budget is a whole number of at least 0, not 5.5"),
     (lambda: nn.allocate([5, 5.5], 5), "size of a layer is"), (lambda: nn.allocate([], 0), "0 layers"),
     (lambda: nn.sparsify(mlp(12, 7, 3), "30", 0), "budget is a whole number of at least 0, not '30'"),
-    (lambda: nn.sparsify(mlp(12, 7, 3), 30, 0, kept=[20.9, 10]), "kept count is a whole number of at least 0, not 20.9"),
+    (lambda: nn.sparsify(mlp(12, 7, 3), 30, 0, kept=[20.9, 10]), "kept count is a whole number .*, not 20.9"),
     (lambda: nn.sparsify(mlp(12, 7, 3), 30, -1), "seed"),
     (lambda: nn.Parameter(np.ones(3), mask=[0.5, 1, 0]), "a mask is an array of booleans, or of 0 and 1"),
     (lambda: nn.SGD([], 0.1), "one Parameter or more, each once"),
@@ -741,7 +741,7 @@ def four(*shape):
     (lambda: setattr(nn.SGD(mlp(3, 2).parameters(), 0.1), "lr", math.nan), "lr is a number"),
     (lambda: nn.SGD(mlp(3, 2).parameters(), 0.1).load_state_dict({"velocity.2": np.ones(3)}), "velocity.2 is unexp"),
     (lambda: nn.ConstantLR(math.nan), "lr is"), (lambda: nn.MultiStepLR(1.0, [3, -1]), "a milestone is .* not -1"),
-    (lambda: nn.MultiStepLR(1.0, [3], gamma=-1), "gamma"), (lambda: nn.CosineLR(1.0, 0), "epochs is a whole number of at least 1, not 0"),
+    (lambda: nn.MultiStepLR(1.0, [3], gamma=-1), "gamma"), (lambda: nn.CosineLR(1.0, 0), "epochs is a whole number .*, not 0"),
 ])
 def test_wrong_values_are_told_in_one_sentence(mistake, match):
     with pytest.raises(ValueError, match=match):
