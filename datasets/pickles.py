@@ -20,6 +20,9 @@ for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2 on; protoc
     CALLS |= {f"{core}.multiarray _reconstruct": "array", f"{core}.numeric _frombuffer": "buffer"}
 
 
+MOST = 2**19  # opcodes, a second's work; CIFAR-100 has half as many
+
+
 @dataclass
 class Call:
     """One of CALLS that a pickle names, with the arguments and the state that it would have got."""
@@ -46,8 +49,10 @@ def read(content):
             raise ValueError(f"it has a {type(stack[-1]).__name__} where a {kind.__name__} should be")
         return stack[-1]
 
-    for opcode, argument, _ in pickletools.genops(content):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name
+        if number == MOST:
+            raise ValueError(f"it has more than {MOST:,} opcodes")
         if name in VALUES:
             stack.append(argument)
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):

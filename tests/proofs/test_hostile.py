@@ -54,8 +54,8 @@ CLAIMS = {  # file: what is in it (None: 64 GiB of zeros), its reader, the sente
     "pickle": (None, PICKLE, "but a pickle of 10,000 images has less than 61,505,536"),
     "pickle of a number in the memo": (b"\x80\2}r\xff\xff\xff\xff.", PICKLE, "it has no data"),
     "pickle of long strings": (LENGTHS, PICKLE, "is not a whole CIFAR pickle: expected 9223372036854775807 bytes"),
-    "pickle of many marks": (b"\x80\2" + b"(" * 500_000 + b"t" * 500_000 + b".", PICKLE, "a tuple where a dict"),
-    "pickle of many names": (b"\x80\2}" + b"(U\1a]u" * 500_000 + b".", PICKLE, "it has no data"),
+    "pickle of many marks": (b"\x80\2" + b"(" * 500_000 + b"t" * 500_000 + b".", PICKLE, "it has more than 524,288 opcodes"),
+    "pickle of many names": (b"\x80\2}" + b"(U\1a]u" * 500_000 + b".", PICKLE, "it has more than 524,288 opcodes"),
     "archive": (None, "download.check_published(path, '0')", "has more than 268,435,456 bytes"),
     "records": (None, "arrays.read_binary(path, 10_000, ['labels'])", "but 10,000 records of"),
     "devkit": (None, "trees.devkit(path)", "has more than 268,435,456 bytes"),
@@ -251,6 +251,7 @@ def read_checkpoint(folder, monkeypatch, whole, run):
     copy, path = tiny.run_of("out", epochs=2), folder / "checkpoint.npz"
     seed = (run.folder / path.name).read_bytes()
     copy.folder, copy.model, copy.optimizer = folder, run.model, run.optimizer
+    copy.dataset = run.dataset
     kinds = {name: (array.shape, array.dtype) for name, array in run.model.state_dict().items()}
 
     def check():
