@@ -12,7 +12,7 @@ order: the engine, Tensor, operations, layers, masks (Appendix B of the paper), 
 """
 
 import math
-import operator
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -100,6 +100,14 @@ def real(value, what):
 # ---------------------------------------------------------------------------------------------- Tensor
 
 
+class Mode(threading.local):
+    """What holds for a thread."""
+
+    recording = True  # False inside no_grad()
+    drawing = True  # False inside skip_init()
+
+
+mode = Mode()
 clock = 0  # counts changes of parameters in place
 
 
@@ -117,7 +125,6 @@ class Tensor:
 
     __slots__ = ("data", "grad", "requires_grad", "parents", "vjp", "time")
     __array_ufunc__ = None  # array + Tensor is Tensor.__radd__, not an array of Tensors
-    recording = True  # False inside no_grad()
 
     def __init__(self, data, requires_grad=False, dtype=None):
         if type(data) is not xp.ndarray or data.dtype.kind not in FLOATS or dtype is not None:
@@ -249,17 +256,17 @@ def topological_order(root):
 @contextmanager
 def no_grad():
     """Inside it operations keep nothing for a backward pass."""
-    before, Tensor.recording = Tensor.recording, False
+    before, mode.recording = mode.recording, False
     try:
         yield
     finally:
-        Tensor.recording = before
+        mode.recording = before
 
 
 def result(data, parents, vjp):
     """The Tensor that an operation returns; it remembers parents and vjp only if a gradient can flow."""
     out = Tensor(data)
-    if Tensor.recording and any([p.requires_grad for p in parents]):
+    if mode.recording and any([p.requires_grad for p in parents]):
         out.requires_grad, out.parents, out.vjp = True, parents, vjp
     return out
 
@@ -488,7 +495,7 @@ def classify(logits, labels):
             raise ValueError(f"cross_entropy of {shape[1]} classes takes labels from 0 to {shape[1] - 1}, "
                              f"not from {labels.min()} to {labels.max()}")
         labels = labels if xp is np else xp.asarray(labels)
-    wanted = Tensor.recording and logits.requires_grad
+    wanted = mode.recording and logits.requires_grad
     loss, sums, saved = engine.cross_entropy(logits.data, labels, wanted)
     return result(loss, (logits,), lambda g: (engine.cross_entropy_gradient(g, saved),)), sums
 
@@ -717,6 +724,10 @@ class Module:
         wrong += [f"{name} is unexpected" for name in state if name not in known]
         wrong += [f"{name} has shape {np.shape(value)} instead of {known[name].shape}" for name, value in state.items()
                   if name in known and np.shape(value) != known[name].shape]
+        wrong += [f"{name} has the type {np.asarray(value).dtype}" for name, value in state.items()
+                  if np.asarray(value).dtype.kind not in FLOATS + "biu"]
+        wrong += [f"{name} has entries other than 0 and 1" for name, value in state.items()
+                  if name.endswith(".mask") and not np.isin(value, (0, 1)).all()]
         if wrong:
             raise ValueError("this state does not fit the network: " + "; ".join(wrong))
         for name, target in targets.items():
@@ -738,13 +749,11 @@ class Module:
 class Layer(Module):
     """A module with a weight (out, in, ...) that is counted: it can be drawn again at a lower density. bias (out,)"""
 
-    drawing = True  # False inside skip_init()
-
     def __init__(self, shape, bias, dtype, rng):
         shape = [whole(n, f"each size of a {type(self).__name__}", 1) for n in shape]
         self.weight = Parameter(xp.empty(shape, dtype))
         self.bias = Parameter(xp.zeros(shape[0], dtype)) if bias else None
-        if self.drawing:
+        if mode.drawing:
             self.reset(np.random.default_rng(rng))
 
     def reset(self, rng, density=1.0):
@@ -760,11 +769,11 @@ class Layer(Module):
 @contextmanager
 def skip_init():
     """Inside it layers are made without drawing their weights: to be counted, or drawn by sparsify or initialize."""
-    before, Layer.drawing = Layer.drawing, False
+    before, mode.drawing = mode.drawing, False
     try:
         yield
     finally:
-        Layer.drawing = before
+        mode.drawing = before
 
 
 class Linear(Layer):

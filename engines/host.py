@@ -89,6 +89,17 @@ class OneBlasThread:
 one_blas_thread = OneBlasThread()
 
 
+def after_fork():
+    """In a forked process: the threads of its parent are not there, and locks may be held for good."""
+    pool.cache_clear()
+    one_blas_thread.lock, one_blas_thread.inside = threading.Lock(), 0
+    Buffer.LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
+
+
 def parallel(work, count, cost):
     """[work(first, last)] of as many parts of range(count) as there are cores, of one if the cost is small.
 

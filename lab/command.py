@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -213,11 +214,13 @@ def perform(experiment, settings, todo, argv, ranks):
 
 
 def check_data_of_sweep(experiment, runs):
-    """FileFault if runs that are done were trained on other data than the others would be."""
-    left = [run for run in runs if not run.done()]
+    """FileFault if runs that are done were trained on other data than those that are found now, if any."""
     done = [run for run in runs if run.done() and data_of(run.result())[0]]
-    if left and done:
-        dataset = experiment.load(left[0].settings)
+    if done:
+        try:
+            dataset = experiment.load(done[0].settings)
+        except FileFault:  # who has something to train says so
+            return
         for run in done:
             run.check_data(dataset)
 
@@ -270,12 +273,18 @@ class Screen:
     def flush(self):
         return self.attempt(self.stream.flush)
 
+    def isatty(self):
+        return bool(self.attempt(self.stream.isatty))
+
     def attempt(self, work, *arguments):
         try:
             return work(*arguments)
-        except (OSError, ValueError):  # ValueError: it was closed
-            with contextlib.suppress(OSError, ValueError):  # Python flushes it once more when it ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except ValueError:  # it was closed
+            pass
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # for good; Python flushes it once more when it ends
+                with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -611,6 +612,24 @@ def test_importing_changes_nothing_for_others():
         nn.conv2d(nn.Tensor(np.ones((2, 3, 8, 8))), nn.Tensor(np.ones((24, 3, 3, 3))), 1, 1)
         assert state() == before, "convolution"
         assert not {"cupy", "scipy", "matplotlib", "datasets", "lab"} & set(sys.modules)""")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own():
+    """Without them it would wait for its parent's for ever."""
+    output_of("""if True:
+        import os, threading
+        import numpy as np
+        import nn
+        x, w = nn.Tensor(np.ones((64, 16, 32, 32), np.float32)), nn.Tensor(np.ones((32, 16, 3, 3), np.float32))
+        nn.conv2d(x, w)
+        child = os.fork()
+        if not child:
+            nn.conv2d(x, w)
+            os._exit(7)
+        threading.Timer(20, os.kill, (child, 9)).start()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        os._exit(0)""")
 
 
 KNOWN_BLAS = pytest.mark.skipif(not surroundings()[0], reason="threadpoolctl does not know NumPy's BLAS")

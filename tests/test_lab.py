@@ -303,6 +303,8 @@ def test_a_run_goes_on_and_is_done_with_the_data_that_it_began_with(tmp_path, ca
     assert capsys.readouterr().err == f"tiny.py: {run.folder / 'result.json'}: it {says}\n"
     assert command.main(experiment, [*flags(tmp_path), "--sweep", "many"]) == 2  # seed 0 is one of its runs
     assert says in capsys.readouterr().err and len(list(tmp_path.rglob("result.json"))) == 1
+    one = replace(experiment, figures={"one": lab.Figure("", lambda s: [s], None)})
+    assert command.main(one, [*flags(tmp_path), "--sweep", "one"]) == 2 and says in capsys.readouterr().err  # all done
     (run.folder / "result.json").unlink()
     assert command.main(experiment, flags(tmp_path)) == 2
     assert f"checkpoint.npz cannot be continued: it {says}; remove it to begin" in capsys.readouterr().err

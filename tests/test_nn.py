@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -741,7 +742,7 @@ def four(*shape):
     (lambda: setattr(nn.SGD(mlp(3, 2).parameters(), 0.1), "lr", math.nan), "lr is a number"),
     (lambda: nn.SGD(mlp(3, 2).parameters(), 0.1).load_state_dict({"velocity.2": np.ones(3)}), "velocity.2 is unexp"),
     (lambda: nn.ConstantLR(math.nan), "lr is"), (lambda: nn.MultiStepLR(1.0, [3, -1]), "a milestone is .* not -1"),
-    (lambda: nn.MultiStepLR(1.0, [3], gamma=-1), "gamma"), (lambda: nn.CosineLR(1.0, 0), "epochs is a whole number .*, not 0"),
+    (lambda: nn.MultiStepLR(1.0, [3], gamma=-1), "gamma"), (lambda: nn.CosineLR(1.0, 0), "epochs is a whole .*, not 0"),
 ])
 def test_wrong_values_are_told_in_one_sentence(mistake, match):
     with pytest.raises(ValueError, match=match):
@@ -910,3 +911,33 @@ def test_labels_that_are_no_array_of_the_gpu(gpu):
         nn.cross_entropy(z, nn.xp.zeros(3))
     same = [nn.cross_entropy(z, labels).item() for labels in ([0, 1, 2], nn.xp.asarray(np.arange(3, dtype=np.uint8)))]
     assert same[0] == same[1]
+
+
+def test_modes_are_of_a_thread():
+    """Evaluation in one thread cuts no graph of another's."""
+    inside, end = threading.Event(), threading.Event()
+
+    def evaluate():
+        with nn.no_grad(), nn.skip_init():
+            inside.set()
+            end.wait()
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    inside.wait()
+    out = nn.Linear(2, 1, rng=0)(np.ones((3, 2), np.float32))
+    end.set()
+    thread.join()
+    assert out.requires_grad and out.data.any()
+
+
+@pytest.mark.parametrize("name, value, match", [
+    ("0.weight.mask", np.full((2, 3), 0.5), "entries other than 0 and 1"),
+    ("0.bias", np.array([None] * 2), "type object"),
+    ("0.bias", np.ones(2) * 1j, "type complex128"), ("0.bias", ["a"] * 2, "type <U1")])
+def test_a_state_of_no_numbers_changes_nothing(name, value, match):
+    net = nn.Sequential(nn.Linear(3, 2))
+    before = net.state_dict()
+    with pytest.raises(ValueError, match=match):
+        net.load_state_dict(before | {"0.weight": before["0.weight"] * 0, name: value})
+    np.testing.assert_array_equal(net[0].weight.data, before["0.weight"])

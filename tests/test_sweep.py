@@ -1,5 +1,6 @@
 """Sweeps: shared by processes of any kind, and what happens to a run that fails, is held, or is told to stop."""
 
+import io
 import os
 import re
 import signal
@@ -272,6 +273,16 @@ def test_closed_and_narrow_screens(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env=ENV | {"PYTHONIOENCODING": "ascii"}, cwd=ROOT,
                           capture_output=True, check=True, text=True)
     assert done.stdout == "5 ? 1\n"
+
+
+def test_a_stream_that_was_closed_says_nothing(tmp_path, monkeypatch):
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    assert command.main(TINY, [*flags(tmp_path), "--sweep", "many"]) == 0
+    all_done(tmp_path)
+    assert not before or len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def test_a_command_line_in_another_thread(tmp_path):
