@@ -127,7 +127,7 @@ def train(run):
         with nn.no_grad():
             return nn.classify(model(nn.Tensor(x)), labels)[1]
 
-    for epoch in run.epochs(model, optimizer, dataset):  # from the last checkpoint on; records each epoch, saves when due
+    for epoch in run.epochs(model, optimizer, dataset):  # from the last checkpoint on, recorded and saved
         for x, labels in run.training_batches():
             run.count(step(x, labels))  # into the epoch's training loss and accuracy; below, into the test's
         for x, labels in run.test_batches(1000):

@@ -187,7 +187,7 @@ def fit(run, dataset, model, test_batch=128):
         with nn.no_grad():
             return nn.classify(model(nn.Tensor(x)), labels)[1]
 
-    for epoch in run.epochs(model, optimizer, dataset):  # from the last checkpoint on; records each epoch, saves when due
+    for epoch in run.epochs(model, optimizer, dataset):  # from the last checkpoint on, recorded and saved
         optimizer.lr = rate(epoch)
         model.train()
         for x, labels in run.training_batches():

@@ -147,12 +147,12 @@ def read_pickle(path, count, labels):
         images, answers = pickles.array(content["data"]), [content[key] for key in labels]
         if images.shape != (count, 3072):
             raise ValueError(f"its images have the shape {images.shape} instead of {(count, 3072)}")
-        for key, labels in zip(labels, answers):
-            if type(labels) is not list or set(map(type, labels)) != {int} or not 0 <= min(labels) <= max(labels) < 256:
+        for key, answer in zip(labels, answers):
+            if type(answer) is not list or set(map(type, answer)) != {int} or not 0 <= min(answer) <= max(answer) < 256:
                 raise ValueError(f"its {key} are no list of whole numbers from 0 to 255")
-            if len(labels) != count:
-                raise ValueError(f"it has {len(labels):,} {key} instead of {count:,}")
-        return np.ascontiguousarray(np.column_stack([*(np.array(labels, np.uint8) for labels in answers), images]))
+            if len(answer) != count:
+                raise ValueError(f"it has {len(answer):,} {key} instead of {count:,}")
+        return np.ascontiguousarray(np.column_stack([*(np.array(answer, np.uint8) for answer in answers), images]))
 
 
 class Version(NamedTuple):

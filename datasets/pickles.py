@@ -18,8 +18,6 @@ OPERANDS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}  #
 CALLS = {"_codecs encode": "encode", "numpy dtype": "dtype", "numpy ndarray": "ndarray"}
 for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2 on; protocol 5 has the second call
     CALLS |= {f"{core}.multiarray _reconstruct": "array", f"{core}.numeric _frombuffer": "buffer"}
-
-
 MOST = 2**19  # opcodes, a second's work; CIFAR-100 has half as many
 
 

@@ -17,7 +17,6 @@
 Shapes, errors and formulas stand at the functions of cpu.Engine; gpu.Engine has the same.
 """
 
-
 import numpy as np
 
 INTEGERS = int, np.integer

@@ -18,8 +18,8 @@ import numpy as np
 
 import nn
 from lab.figures import plot
-from lab.processes import Alone, world
 from lab.files import FileFault
+from lab.processes import Alone, world
 from lab.run import EXPECTED, Run, check_same_data, data_of, percent
 from lab.settings import UsageError, flag
 from lab.sweep import WORKER, sweep, sweep_in_processes
@@ -202,7 +202,7 @@ def perform(experiment, settings, todo, argv, ranks):
         return 0
     worker = WORKER in os.environ
     if not worker and ranks.rank == 0:
-        check_data_of_sweep(experiment, runs)
+        compare_data(experiment, runs)
     ranks.wait()  # before the others begin
     if ranks.size == 1 and settings.jobs > 1 and not worker:
         code = sweep_in_processes(min(settings.jobs, len(runs)), experiment.script, argv)
@@ -213,30 +213,20 @@ def perform(experiment, settings, todo, argv, ranks):
     return code
 
 
-def check_data_of_sweep(experiment, runs):
-    """FileFault if runs that are done were trained on other data than those that are found now, if any."""
-    done = [run for run in runs if run.done() and data_of(run.result())[0]]
-    if done:
-        try:
-            dataset = experiment.load(done[0].settings)
-        except FileFault:  # who has something to train says so
-            return
-        for run in done:
-            run.check_data(dataset)
-
-
-def compare_data(run, result):
-    """FileFault if a run that is done was trained on other data than those that its settings name; no more than a word
-    if these are not here.
+def compare_data(experiment, runs):
+    """FileFault if runs that are done were trained on other data than those that are found now; no more than a word if
+    these are not here.
     """
-    if data_of(result)[0]:
+    digests = {run: data_of(run.result())[0] for run in runs if run.done()}
+    if any(digests.values()):
         try:
-            dataset = run.experiment.load(run.settings)
+            dataset = experiment.load(runs[0].settings)
         except FileFault as fault:
             reason = str(fault).split("; ")[0]
-            run.say(f"the data were not compared with those it was trained on: {reason}", sys.stderr)
-        else:
-            run.check_data(dataset)
+            runs[0].say(f"the data were not compared with those it was trained on: {reason}", sys.stderr)
+            return
+        for run, digest in digests.items():
+            check_same_data(digest, dataset, f"{run.folder / 'result.json'}: it")
 
 
 def train_one(run):
@@ -244,8 +234,8 @@ def train_one(run):
         if not mine:
             raise UsageError(f"another process is training {run.folder}")
         result = run.ranks.broadcast(run.result())
-        if result and run.ranks.rank == 0:
-            compare_data(run, result)
+        if run.ranks.rank == 0:
+            compare_data(run.experiment, [run])
         result = result or run.perform()
     run.say(f"{run.folder}: {result['weights']:,} weights ({100 * result['connectivity']:.3g} % of dense), "
             f"test accuracy {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final, "

@@ -272,11 +272,6 @@ class Run:
                 self.check_same_settings(saved, f"{path}: it")
         return result
 
-    def check_data(self, dataset):
-        """FileFault if the run is done, and was trained on other data."""
-        result = self.result()
-        check_same_data(data_of(result)[0], dataset, f"{self.folder / 'result.json'}: it")
-
     def config(self):
         """config.json, None if it is not there or no longer readable."""
         with contextlib.suppress(FileFault):

@@ -53,7 +53,7 @@ def small_data():
     mlp.load = lambda s: tiny.images(220, 80, side=28).part(s.held_out, s.limit)
     resnet.load = lambda s: tiny.images(220, 80, side=32, channels=3).part(s.held_out, s.limit).augmented(4, True)
     for script in (mlp, resnet):
-        object.__setattr__(script.EXPERIMENT, "load", script.load)
+        script.EXPERIMENT = replace(script.EXPERIMENT, load=script.load)
 
 
 def rank():
@@ -213,6 +213,7 @@ def alone(monkeypatch):
     """The experiments in this process, on the same data."""
     for module in (mlp, resnet):
         monkeypatch.setattr(module, "load", module.load)
+        monkeypatch.setattr(module, "EXPERIMENT", module.EXPERIMENT)
     small_data()
 
 
