@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engines import host
+from engines import host, listed, real, whole
 
 BLOCK = 1 << 17  # entries of a work array: a few of them in float64 stay in a core's cache
 
@@ -46,16 +46,7 @@ def in_threads(work, items):
 
 def check_density(density):
     """The density as a Python float, in whose precision everything is then computed."""
-    return check("density", density, most=1)
-
-
-def check(name, value, most=math.inf, whole=False):
-    """The positive number value as a Python float, or int if whole; ValueError, which names it, if it is none."""
-    fine = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "biuf" and 0 < value <= most
-    if not fine or whole and value != int(value):
-        kind = "positive whole number" if whole else "positive number" if most > 1 else "number above 0 and at most 1"
-        raise ValueError(f"{name} is a {kind}, not {value!r}")
-    return int(value) if whole else float(value)
+    return real(density, "density", positive=True, most=1)
 
 
 def check_rng(rng, who):
@@ -72,6 +63,8 @@ def matrices(X, Y):
         raise ValueError(f"X and Y are matrices with the same number of columns, not {X.shape} and {Y.shape}")
     if not {X.dtype.kind, Y.dtype.kind} <= set("biuf"):
         raise TypeError(f"X and Y are matrices of real numbers, not of {X.dtype} and {Y.dtype}")
+    if not (xp.isfinite(X).all() and xp.isfinite(Y).all()):
+        raise ValueError("X and Y are matrices of finite numbers, without NaN and infinity")
     dtype = np.result_type(X.dtype, Y.dtype, np.float32)
     return xp, X.astype(dtype, copy=False), Y.astype(dtype, copy=False)
 
@@ -88,6 +81,15 @@ def pairs(x, y):
     if not (xp.isfinite(x).all() and xp.isfinite(y).all()):
         raise ValueError("x and y are arrays of finite numbers, without NaN and infinity")
     return xp, x, y
+
+
+def scaled(x):
+    """(z, e), x = z 2^e, e (...): each vector of x (..., d) with its largest entry between 1/2 and 1, so that no product
+    of a few entries over- or underflows.
+    """
+    xp = array_module(x)
+    e = xp.frexp(abs(x).max(-1))[1]
+    return xp.ldexp(x, -e[..., None]), e
 
 
 # ---------------------------------------------------------------------------------------------- dense: K_l
@@ -141,12 +143,15 @@ def relu_moment(xx, yy, xy, order):
     J_2 = 3 sin t cos t + (pi - t)(1 + 2 cos^2 t)   (Cho and Saul 2009, l = 1, 2).
     xx, yy, xy: arrays that broadcast. Computed in float64, to a relative error below 1e-12 at every angle: sin^2 t is
     taken from xx yy - xy^2 without rounding of the products. A cosine beyond 1 counts as 1, a zero vector gives 0.
+    ValueError for negative xx or yy, or NaN.
     """
     if order not in (1, 2):
         raise ValueError(f"order is 1 or 2, not {order!r}")
     xp = array_module(xx, yy, xy)
     dtype = np.result_type(*(getattr(a, "dtype", np.float64) for a in (xx, yy, xy)), np.float32)
     xx, yy, xy = (xp.asarray(a, dtype=np.float64) for a in (xx, yy, xy))
+    if not ((xx >= 0).all() and (yy >= 0).all()) or xp.isnan(xy).any():
+        raise ValueError("xx and yy are squared lengths, not negative, and xy products, without NaN")
     a, b = xp.frexp(xx)[1] // 2, xp.frexp(yy)[1] // 2  # powers of two, so that no product over- or underflows
     xx, yy, xy = xp.ldexp(xx, -2 * a), xp.ldexp(yy, -2 * b), xp.ldexp(xy, -a - b)
     (square, lost), (dot, dot_lost) = product_error(xx, yy), product_error(xy, xy)
@@ -173,9 +178,10 @@ def infinite_kernel(X, Y=None):
     """
     xp, A, B = matrices(X, Y)
     d = A.shape[1]
+    (A, a), (B, b) = scaled(A), scaled(B)
     length = [xp.sqrt((Z * Z).sum(1, keepdims=True)) for Z in (A, B)]
     A, B = (Z / xp.where(n > 0, n, 1) for Z, n in zip((A, B), length))
-    scale = [(n / math.sqrt(2 * math.pi * d)).astype(A.dtype) for n in length]
+    scale = [(xp.ldexp(n, e[:, None]) / math.sqrt(2 * math.pi * d)).astype(A.dtype) for n, e in zip(length, (a, b))]
     out = xp.empty((len(A), len(B)), A.dtype)
     side = 1024
 
@@ -213,8 +219,15 @@ def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=N
     "sample": the mean over this number of masks drawn from rng, a NumPy generator, the same masks for all pairs;
         returns (Kp_1, Kp_2, their standard errors).
     """
-    density, rtol, (xp, x, y) = check_density(density), check("rtol", rtol), pairs(x, y)
-    x, y = xp.broadcast_arrays(x, y)
+    density, rtol, (xp, x, y) = check_density(density), real(rtol, "rtol", positive=True), pairs(x, y)
+    (x, a), (y, b) = scaled(x), scaled(y)
+    first, second, *rest = unit_moments(*xp.broadcast_arrays(x, y), density, method, rtol, masks, rng)
+    return tuple(xp.ldexp(z, e) for z, e in zip((first, second, *rest), (a + b, 2 * (a + b)) * 2))
+
+
+def unit_moments(x, y, density, method, rtol, masks, rng):
+    """What sparse_moments returns, of vectors whose entries are at most 1."""
+    xp = array_module(x)
     xx, yy, xy = (x * x).sum(-1), (y * y).sum(-1), (x * y).sum(-1)
     if method == "exact" and density == 1:
         return relu_moment(xx, yy, xy, 1), relu_moment(xx, yy, xy, 2)
@@ -225,10 +238,7 @@ def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=N
         return xp.sqrt(xx * yy) * first, xx * yy * second
     if method == "sample":
         check_rng(rng, "method 'sample'")
-        masks = check("masks", masks, whole=True)
-        if masks < 2:
-            raise ValueError("masks is a number of at least 2, of which a standard error can be told, not 1")
-        return sample_moments(x, y, density, masks, rng)
+        return sample_moments(x, y, density, whole(masks, "masks", 2), rng)
     if method not in ("exact", "enumerate"):
         raise ValueError(f"method is 'exact', 'series', 'enumerate' or 'sample', not {method!r}")
 
@@ -244,7 +254,7 @@ def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=N
     error = table[..., 2]
     if (error > rtol).any():
         warnings.warn(f"{(error > rtol).sum()} of {error.size} pairs did not reach the relative tolerance {rtol:g}: "
-                      f"the largest estimated error is {error.max():.1g}", RuntimeWarning, stacklevel=2)
+                      f"the largest estimated error is {error.max():.1g}", RuntimeWarning, stacklevel=3)
     return xp.asarray(table[..., 0]), xp.asarray(table[..., 1])
 
 
@@ -302,10 +312,10 @@ def series_moments(X, Y, density):
     first, second = xp.empty((2, len(X), len(Y)))
     units = []
     for Z in (X, Y):
-        Z = Z.astype(np.float64)
+        Z, e = scaled(Z.astype(np.float64))
         length = xp.sqrt((Z * Z).sum(1))
         Z /= xp.where(length > 0, length, 1)[:, None]
-        units.append((Z, Z * Z, Z**3, (Z**4).sum(1), length))
+        units.append((Z, Z * Z, Z**3, (Z**4).sum(1), xp.ldexp(length, e)))
     (A, A2, A3, A4, a), (B, B2, B3, B4, b) = units
     side = 512
 
@@ -539,11 +549,12 @@ def kernel_distance(x, y, width, density, method="exact", split=False, **options
 
     split: return the two terms, squared bias and variance, instead of their sum. method, options: see sparse_moments.
     """
-    width, (xp, x, y) = check("width", width), pairs(x, y)
-    d = x.shape[-1]
+    width, (xp, x, y) = real(width, "width", positive=True), pairs(x, y)
+    d, (x, a), (y, b) = x.shape[-1], scaled(x), scaled(y)
     first, second = sparse_moments(x, y, density, method, **options)[:2]
     dense = relu_moment((x * x).sum(-1), (y * y).sum(-1), (x * y).sum(-1), 1)
     bias, variance = ((first - dense) / d) ** 2, (second - first**2) / (d * d * width)
+    bias, variance = (xp.ldexp(z, 2 * (a + b)) for z in (bias, variance))
     return (bias, variance) if split else bias + variance
 
 
@@ -564,7 +575,7 @@ def optimal_density(weights_per_input, d):
 
     With r = p^(-1/2), c = 4 (d / n p)(1 - 1/pi^2), Eq. 4 is stationary where r^4 - r^3 = c: one root r > 1.
     """
-    weights_per_input, d = check("weights_per_input", weights_per_input), check("d", d)
+    weights_per_input, d = real(weights_per_input, "weights_per_input", positive=True), real(d, "d", positive=True)
     roots = np.roots([1, -1, 0, 0, -4 * d / weights_per_input * (1 - 1 / np.pi**2)])
     return float(roots[abs(roots.imag) < 1e-9 * abs(roots)].real.max() ** -2)
 
@@ -578,20 +589,27 @@ def optimal_width(x, y, weights, method="exact", widths=None, **options):
     Seventeen widths in geometric progression bracket the minimum and thirds of the bracket find it, which is right
     when the distance has one valley between the neighbours of the best of them.
     """
-    d = pairs(x, y)[1].shape[-1]
-    weights = weights if callable(weights) else check("weights", weights)
+    _, x, y = pairs(x, y)
+    d = x.shape[-1]
+    if not (x.size and y.size):
+        raise ValueError("optimal_width takes one pair x, y or more, and here is none")
+    weights = weights if callable(weights) else real(weights, "weights", positive=True)
     count = weights if callable(weights) else lambda width: weights
     if widths is None:
         if callable(weights):
             raise ValueError("with weights a function of the width, optimal_width needs widths=(least, greatest)")
         widths = math.ceil(weights / d), max(int(weights), 1)
-    if len(widths) != 2 or not 0 < widths[0] <= widths[1] or any(n != int(n) for n in widths):
-        raise ValueError(f"widths is (least, greatest), two positive integers in this order, not {widths!r}")
+    widths = [whole(n, "each of widths", 1) for n in listed(widths, "widths")]
+    if len(widths) != 2 or widths[0] > widths[1]:
+        raise ValueError(f"widths is (least, greatest), two positive integers in this order, not {tuple(widths)}")
 
     @cache
     def distance(width):
-        density = count(width) / (width * d)
-        return float(kernel_distance(x, y, width, min(density, 1.0), method, **options).mean())
+        kept = real(count(width), f"the weights of a first layer of width {width}", positive=True)
+        if kept > width * d * (1 + 1e-9):
+            raise ValueError(f"a first layer of width {width} and {d} inputs cannot keep {kept:,} weights: its widths "
+                             f"begin at {math.ceil(kept / d):,}")
+        return float(kernel_distance(x, y, width, min(kept / (width * d), 1.0), method, **options).mean())
 
     grid = sorted({round(n) for n in np.geomspace(*widths, 17)})
     best = min(range(len(grid)), key=lambda i: distance(grid[i]))
@@ -612,7 +630,7 @@ def measured_kernel(X, Y, width, density, rng):
 
     u is (width, d), its entries N(0, 1/density) with probability density, else 0, drawn from rng, a NumPy generator.
     """
-    density, width, (xp, X, Y) = check_density(density), check("width", width, whole=True), matrices(X, Y)
+    density, width, (xp, X, Y) = check_density(density), whole(width, "width", 1), matrices(X, Y)
     check_rng(rng, "measured_kernel")
     d = X.shape[1]
     u = np.zeros((width, d))
@@ -645,9 +663,9 @@ def gp_predict(kernel, labels, cross, noises=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), held
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise ValueError(f"labels are integers from 0, of shape (N,), not {labels.dtype} of shape {labels.shape}"
                          + f" from {labels.min()}" * (labels.ndim == 1 and labels.size > 0))
-    N, noises = len(labels), [float(noise) for noise in noises]
-    if not noises or not all(0 <= noise < math.inf for noise in noises):
-        raise ValueError(f"noises is a list of one number or more, none of them negative, not {noises}")
+    N, noises = len(labels), [real(noise, "each of noises") for noise in listed(noises, "noises")]
+    if not noises:
+        raise ValueError("noises is a list of one number or more, and this one is empty")
     if kernel.shape != (N, N) or cross.ndim != 2 or cross.shape[1] != N:
         raise ValueError(f"{N} labels need a kernel of shape ({N}, {N}) and cross of shape (M, {N}), "
                          f"not {kernel.shape} and {cross.shape}")

@@ -13,12 +13,15 @@ order: the engine, Tensor, operations, layers, masks (Appendix B of the paper), 
 
 import math
 import threading
+import zlib
+from builtins import sum as total
 from contextlib import contextmanager
+from numbers import Real
 
 import numpy as np
 
 import engines.cpu
-from engines import EngineError, output_size, pool_size
+from engines import EngineError, listed, output_size, pool_size, real, whole
 
 # ---------------------------------------------------------------------------------------------- the engine
 
@@ -35,6 +38,9 @@ def use_device(device="auto", number=0, **options):
     global engine, xp
     if device not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device is 'auto', 'cpu' or 'gpu', not {device!r}")
+    if unknown := set(options) - {"precision", "deterministic", "tune", "capture"}:
+        raise TypeError(f"use_device knows no option {min(unknown)!r}: a GPU's are precision, deterministic, tune and "
+                        "capture")
     engine, xp = engines.cpu.Engine(), np
     if device == "cpu":
         return "cpu"
@@ -82,21 +88,6 @@ def generator(seed, *key):
     return np.random.default_rng(np.random.SeedSequence(whole(seed, "a seed"), spawn_key=words))
 
 
-def whole(value, what, least=0):
-    """value as an int; ValueError, which names it, unless it is a whole number of at least `least`."""
-    number = int(value) if isinstance(value, (int, float, np.number)) and value == value // 1 else least - 1
-    if number < least:
-        raise ValueError(f"{what} is a whole number of at least {least}, not {value!r}")
-    return number
-
-
-def real(value, what):
-    """value as a float; ValueError, which names it, unless it is a finite number that is not negative."""
-    if not (isinstance(value, (int, float, np.number)) and 0 <= value < math.inf):
-        raise ValueError(f"{what} is a number that is not negative, not {value!r}")
-    return float(value)
-
-
 # ---------------------------------------------------------------------------------------------- Tensor
 
 
@@ -108,14 +99,16 @@ class Mode(threading.local):
 
 
 mode = Mode()
+put = object.__setattr__  # sets an attribute and does nothing else
 clock = 0  # counts changes of parameters in place
 
 
 class Tensor:
     """An array and how it was computed.
 
-    data: the array, of a floating dtype, which is kept; whole numbers, lists and Python's numbers become float32. Of a
-        Tensor: its array, not its graph. Raises TypeError for what is no number.
+    data: the array, of a floating dtype, which is kept, not copied, and must not change before backward(); whole
+        numbers, lists and Python's numbers become float32. Of a Tensor: its array, not its graph. Raises TypeError for
+        what is no number.
     grad: d(loss)/d(data) after backward(), an array of data's shape and dtype; only on leaves that require it.
     parents, vjp: the tensors it was computed from, and the vector-Jacobian product: the function that takes the
         gradient of the loss with respect to data to a tuple of gradients, one for each parent (None: that parent
@@ -127,7 +120,7 @@ class Tensor:
     __array_ufunc__ = None  # array + Tensor is Tensor.__radd__, not an array of Tensors
 
     def __init__(self, data, requires_grad=False, dtype=None):
-        if type(data) is not xp.ndarray or data.dtype.kind not in FLOATS or dtype is not None:
+        if type(data) is not xp.ndarray or data.dtype.kind != "f" or dtype is not None:
             data = floats(data, dtype)
         self.data, self.grad, self.requires_grad = data, None, requires_grad
         self.parents, self.vjp, self.time = (), None, clock
@@ -144,8 +137,19 @@ class Tensor:
     def __array__(self, *_, **__):
         raise TypeError("a Tensor is no array, and NumPy would lose its gradient: use nn's operations, or its .data")
 
+    def __eq__(self, other):
+        """Whether it is the same Tensor, so that lists of Tensors can be searched."""
+        if isinstance(other, Tensor):
+            return self is other
+        raise TypeError("a Tensor is compared with numbers and arrays by its .data")
+
+    __hash__ = object.__hash__
+
     def __len__(self):
         return len(self.data)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
 
     def item(self):
         return self.data.item()
@@ -164,7 +168,7 @@ class Tensor:
             if self.data.size != 1:
                 raise ValueError(f"backward() without a gradient needs one number, not shape {self.shape}")
             grad = xp.ones_like(self.data)
-        grad = xp.asarray(grad.data if isinstance(grad, Tensor) else grad, dtype=self.data.dtype)
+        grad = floats(grad, self.data.dtype)
         if grad.shape != self.shape:
             raise ValueError(f"backward() of a tensor of shape {self.shape} takes a gradient of that shape, "
                              f"not {grad.shape}")
@@ -190,7 +194,7 @@ class Tensor:
     def accumulate(self, g):
         """Add g, an array that nothing else holds, to .grad."""
         assert g.shape == self.shape, f"gradient of shape {g.shape} for data of shape {self.shape}"
-        self.grad = xp.asarray(g) if self.grad is None else engine.add(self.grad, g)
+        put(self, "grad", xp.asarray(g) if self.grad is None else engine.add(self.grad, g))
 
     # Operators and methods; the operations themselves are the functions below.
     def __add__(self, other): return add(self, other)
@@ -218,17 +222,29 @@ class Tensor:
 
 
 USED_UP = "used up"  # the vjp of a node whose gradient was computed
-FLOATS = "fV"  # kinds of dtypes; V is bfloat16's
+
+
+def floating(dtype):
+    """dtype as a NumPy dtype; TypeError unless it is a floating one, bfloat16 among them."""
+    dtype = np.dtype(dtype)
+    if dtype.kind != "f" and dtype.name != "bfloat16":
+        raise TypeError(f"dtype is a floating type such as numpy.float32, not {dtype}")
+    return dtype
+
+
+def is_number(array):
+    """Whether an array is of real numbers."""
+    return array.dtype.kind in "fbiu" or array.dtype.name == "bfloat16"
 
 
 def floats(data, dtype=None):
     """data as an array of a floating dtype: this one, its own, or float32; see Tensor."""
     data = data.data if isinstance(data, Tensor) else data
     array = xp.asarray(data)
-    if array.dtype.kind not in FLOATS + "biu":
-        raise TypeError(f"a Tensor holds numbers, not data of dtype {array.dtype}")
-    own = hasattr(data, "dtype") and array.dtype.kind in FLOATS
-    return xp.asarray(array, dtype=dtype or (array.dtype if own else np.float32))
+    if not is_number(array):
+        raise TypeError(f"a Tensor holds real numbers, not data of dtype {array.dtype}")
+    own = hasattr(data, "dtype") and array.dtype.kind not in "biu"
+    return xp.asarray(array, dtype=(array.dtype if own else np.float32) if dtype is None else floating(dtype))
 
 
 def topological_order(root):
@@ -322,7 +338,7 @@ def sub(x, y):
 
 def mul(x, y):
     """x y:  dx = g y, dy = g x"""
-    if isinstance(x, Tensor) and isinstance(y, (int, float, np.number)):  # nothing has to be brought to a GPU
+    if isinstance(x, Tensor) and isinstance(y, Real):  # nothing has to be brought to a GPU
         y = float(y)  # not a NumPy number, which would bring its dtype
         return result(x.data * y, (x,), lambda g: (g * y,))
     x, y = operands(x, y)
@@ -354,7 +370,7 @@ def neg(x):
 
 def power(x, n):
     """x^n for a number n:  dx = g n x^(n-1)"""
-    if not isinstance(n, (int, float, np.number)):
+    if not isinstance(n, Real):
         raise TypeError(f"the power of a Tensor is a number, not {type(n).__name__}")
     x, n = tensor(x), n.item() if isinstance(n, np.number) else n
     return result(x.data ** n, (x,), lambda g: (g * n * x.data ** (n - 1 if n else 0),))  # not 0^-1 for n = 0
@@ -397,8 +413,8 @@ def mean(x, axis=None, keepdims=False):
     x = tensor(x)
     if not x.size:
         raise ValueError(f"the mean of a Tensor of shape {x.shape}, without entries, is not defined")
-    total = sum(x, axis, keepdims)
-    return total * (total.size / x.size)
+    out = sum(x, axis, keepdims)
+    return out * (out.size / x.size)
 
 
 def reshape(x, *shape):
@@ -519,6 +535,7 @@ def conv2d(x, w, stride=1, padding=0):
     shapes that do not fit. The gradients are convolutions too: see engines/convolution.py.
     """
     x, w = tensor(x), tensor(w)
+    stride, padding = whole(stride, "the stride of conv2d", 1), whole(padding, "the padding of conv2d")
     output_size(x.shape, w.shape, stride, padding)  # raises ValueError
 
     def attempt(work, *arguments):
@@ -572,7 +589,9 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
 
 def max_pool2d(x, size, stride=None, padding=0):
     """Largest entry of windows of size x size:  dx = g there, to the first of equals as in PyTorch"""
-    x, stride = images(x, "max_pool2d"), size if stride is None else stride
+    x, size = images(x, "max_pool2d"), whole(size, "the size of max_pool2d", 1)
+    stride = size if stride is None else whole(stride, "the stride of max_pool2d", 1)
+    padding = whole(padding, "the padding of max_pool2d")
     pool_size(x.shape, size, stride, padding)  # raises ValueError
     out, saved = engine.max_pool(x.data, size, stride, padding)
     return result(out, (x,), lambda g: (engine.max_pool_gradient(g, saved, x.shape, size, stride, padding),))
@@ -588,9 +607,11 @@ def global_avg_pool(x):
 
 
 class Parameter(Tensor):
-    """A Tensor that is trained, with an optional mask.
+    """A Tensor that is trained, with an optional mask. Its data are a copy of those given.
 
-    mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero.
+    mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero, also when data,
+        grad or mask are assigned (p.grad = g, p.data += noise). Only what is written into these arrays in place, as by
+        p.data[0] = 1, passes by unseen.
     density: the fraction of entries that are kept, 1 without a mask.
     pattern: what the engine knows of a mask of low density, so that work follows the kept entries; else None.
     name: its dotted name in the network whose parameters() were listed last, for messages.
@@ -599,10 +620,27 @@ class Parameter(Tensor):
     __slots__ = ("mask", "density", "pattern", "name")
 
     def __init__(self, data, mask=None):
-        super().__init__(data, requires_grad=True)
-        self.data = engine.parameter(self.data)
         self.name = None
+        super().__init__(data, requires_grad=True)
+        put(self, "data", engine.parameter(self.data.copy()))
         self.set_mask(mask)
+
+    def __setattr__(self, name, value):
+        if name == "mask":
+            return self.set_mask(value)
+        if name in ("data", "grad") and value is not None and hasattr(self, "density"):
+            value = floats(value, getattr(value, "dtype", self.dtype))
+            if value.shape != self.shape:
+                raise ValueError(f"{name} of shape {value.shape} is assigned to a parameter of shape {self.shape}")
+            if self.mask is not None:
+                value = xp.where(self.mask, value, 0)
+            if name == "data":
+                changed([self])
+                if value.dtype == self.dtype:  # where it lies: a captured graph knows the address
+                    self.data[...] = value
+                    return
+                value = engine.parameter(value)
+        put(self, name, value)
 
     def set_mask(self, mask):
         """Take this mask (None: dense) and zero the masked entries, of the gradient too; an optimiser follows it at its
@@ -615,9 +653,10 @@ class Parameter(Tensor):
             mask = engine.parameter(given.astype(bool))
             if given.dtype != bool and not (mask == given).all():
                 raise ValueError("a mask is an array of booleans, or of 0 and 1")
-        self.mask, self.density, self.pattern = None, 1.0, None
+        put(self, "mask", mask)
+        self.density, self.pattern = 1.0, None
         if mask is not None:
-            self.mask, self.density, self.pattern = mask, float(mask.mean()), engine.pattern(mask)
+            self.density, self.pattern = float(mask.mean()), engine.pattern(mask)
             changed([self])
             for array in (self.data, self.grad):
                 if array is not None:
@@ -646,11 +685,13 @@ def changed(parameters):
         p.time = clock
 
 
-def inside(collection, prefix=""):
-    """(dotted name, value) of all that a dict, list or tuple holds, also in others in it."""
+def inside(collection, prefix="", around=()):
+    """(dotted name, value) of all that a dict, list or tuple holds, also in others in it; not in one that holds it."""
+    around = (*around, id(collection))
     for name, value in collection.items() if isinstance(collection, dict) else enumerate(collection):
         if isinstance(value, (list, tuple, dict)):
-            yield from inside(value, f"{prefix}{name}.")
+            if id(value) not in around:
+                yield from inside(value, f"{prefix}{name}.", around)
         else:
             yield f"{prefix}{name}", value
 
@@ -717,6 +758,8 @@ class Module:
         Raises ValueError that names what is missing, what is unexpected and what has another shape; nothing
         is changed then. Masks are taken as they come: a network becomes as sparse as the one that was saved.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"a state is a dict of arrays, as state_dict() returns it, not {type(state).__name__}")
         parameters = dict(self.named_parameters())
         targets = {name: p.data for name, p in parameters.items()} | dict(self.named_arrays(xp.ndarray))
         known = targets | {f"{name}.mask": p.data for name, p in parameters.items()}
@@ -725,7 +768,7 @@ class Module:
         wrong += [f"{name} has shape {np.shape(value)} instead of {known[name].shape}" for name, value in state.items()
                   if name in known and np.shape(value) != known[name].shape]
         wrong += [f"{name} has the type {np.asarray(value).dtype}" for name, value in state.items()
-                  if np.asarray(value).dtype.kind not in FLOATS + "biu"]
+                  if not is_number(np.asarray(value))]
         wrong += [f"{name} has entries other than 0 and 1" for name, value in state.items()
                   if name.endswith(".mask") and not np.isin(value, (0, 1)).all()]
         if wrong:
@@ -750,7 +793,7 @@ class Layer(Module):
     """A module with a weight (out, in, ...) that is counted: it can be drawn again at a lower density. bias (out,)"""
 
     def __init__(self, shape, bias, dtype, rng):
-        shape = [whole(n, f"each size of a {type(self).__name__}", 1) for n in shape]
+        shape, dtype = [whole(n, f"each size of a {type(self).__name__}", 1) for n in shape], floating(dtype)
         self.weight = Parameter(xp.empty(shape, dtype))
         self.bias = Parameter(xp.zeros(shape[0], dtype)) if bias else None
         if mode.drawing:
@@ -821,7 +864,7 @@ class BatchNorm2d(Module):
     """
 
     def __init__(self, channels, eps=1e-5, momentum=0.1, dtype=np.float32):
-        channels = whole(channels, "BatchNorm2d's number of channels", 1)
+        channels, dtype = whole(channels, "BatchNorm2d's number of channels", 1), floating(dtype)
         self.weight, self.bias = Parameter(xp.ones(channels, dtype)), Parameter(xp.zeros(channels, dtype))
         self.running_mean, self.running_var = xp.zeros(channels, dtype), xp.ones(channels, dtype)
         self.eps, self.momentum = real(eps, "eps"), real(momentum, "momentum")
@@ -869,6 +912,8 @@ def layers(model):
     """[(name, layer)] of the linear and convolution layers, in order: those whose weights are counted, of layers that
     share one weight the first.
     """
+    if not isinstance(model, Module):
+        raise TypeError(f"a network is a Module, such as Sequential(Flatten(), Linear(2, 3)), not {str(model):.50}")
     first = {}
     for name, module in model.named_modules():
         if isinstance(module, Layer):
@@ -878,7 +923,7 @@ def layers(model):
 
 def weight_count(model):
     """Number of kept weights of linear and convolution layers; biases and BatchNorm are not counted."""
-    return int(np.sum([layer.weight.count for _, layer in layers(model)]))
+    return total(layer.weight.count for _, layer in layers(model))
 
 
 def initialize(model, seed):
@@ -899,9 +944,9 @@ def allocate(sizes, budget, how="largest-first"):
     "proportional": one density for all layers, rounded by largest remainder.
     Raises ValueError for a budget below one weight a layer or above the dense count.
     """
-    sizes, budget = [whole(s, "the size of a layer") for s in sizes], whole(budget, "the budget")
-    dense = int(np.sum(sizes))
-    if not len(sizes) <= budget <= dense or min(sizes, default=0) < 1:
+    sizes, budget = [whole(s, "the size of a layer", 1) for s in listed(sizes, "sizes")], whole(budget, "the budget")
+    dense = total(sizes)
+    if not 0 < len(sizes) <= budget <= dense:
         raise ValueError(f"cannot keep {budget:,} weights: {len(sizes)} layers need at least one each "
                          f"and have {dense:,} in all")
     if how == "largest-first":
@@ -920,7 +965,7 @@ def allocate(sizes, budget, how="largest-first"):
     if how == "proportional":
         kept = [size * budget // dense for size in sizes]
         by_remainder = sorted(range(len(sizes)), key=lambda i: -(sizes[i] * budget % dense))
-        for i in by_remainder[: budget - int(np.sum(kept))]:
+        for i in by_remainder[: budget - total(kept)]:
             kept[i] += 1
         while min(kept) == 0:  # a layer so small that its share rounds to nothing borrows from the largest
             kept[int(np.argmax(kept))] -= 1
@@ -941,8 +986,8 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
     budget, seed = whole(budget, "the budget"), whole(seed, "a seed")
     weights = [layer.weight for _, layer in layers(model)]
     sizes = [w.size for w in weights]
-    kept = [whole(k, "a kept count") for k in (allocate(sizes, budget, how) if kept is None else kept)]
-    if len(kept) != len(sizes) or int(np.sum(kept)) != budget or any(not 1 <= k <= s for k, s in zip(kept, sizes)):
+    kept = allocate(sizes, budget, how) if kept is None else [whole(k, "a kept count") for k in listed(kept, "kept")]
+    if len(kept) != len(sizes) or total(kept) != budget or any(not 1 <= k <= s for k, s in zip(kept, sizes)):
         raise ValueError(f"kept counts {kept} do not add up to {budget:,} or do not fit layers of {sizes}")
     # What is kept or removed together: one weight, or with io_only one kernel of shape[2:].
     units = [math.prod(w.shape[2:]) if io_only else 1 for w in weights]
@@ -962,20 +1007,20 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
 
 def whole_units(kept, units):
     """Round each count to a multiple of its unit, the total falling short by less than the largest unit."""
-    rounded = [np.maximum(k // u, 1) * u for k, u in zip(kept, units)]
-    if np.sum(units) > np.sum(kept):
-        raise ValueError(f"cannot keep {np.sum(kept):,} weights in whole kernels: one in each layer makes "
-                         f"{np.sum(units):,}")
-    while np.sum(rounded) > np.sum(kept):  # layers that were saved from vanishing borrow from the largest
+    rounded = [max(k // u, 1) * u for k, u in zip(kept, units)]
+    if total(units) > total(kept):
+        raise ValueError(f"cannot keep {total(kept):,} weights in whole kernels: one in each layer makes "
+                         f"{total(units):,}")
+    while total(rounded) > total(kept):  # layers that were saved from vanishing borrow from the largest
         largest = int(np.argmax([r if r > u else 0 for r, u in zip(rounded, units)]))
         rounded[largest] -= units[largest]
     order = sorted(range(len(kept)), key=lambda i: -((kept[i] - rounded[i]) / units[i]))
     while order:
-        spare = int(np.sum(kept)) - int(np.sum(rounded))
+        spare = total(kept) - total(rounded)
         order = [i for i in order if units[i] <= spare and rounded[i] < kept[i]]
         if order:
             rounded[order[0]] += units[order.pop(0)]
-    return [int(r) for r in rounded]
+    return rounded
 
 
 # ---------------------------------------------------------------------------------------------- optimiser
@@ -998,7 +1043,7 @@ class SGD:
         self.momentum, self.weight_decay = real(momentum, "momentum"), real(weight_decay, "weight_decay")
         if nesterov and momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
-        self.params = list(params)
+        self.params = listed(params, "SGD's first argument")
         others = {type(p).__name__ for p in self.params if not isinstance(p, Parameter)}
         if others:
             raise TypeError(f"SGD takes Parameters, such as model.parameters(), not {' or '.join(sorted(others))}")
@@ -1042,25 +1087,45 @@ class SGD:
             p.grad = None
 
     def state_dict(self):
-        """{"velocity.0": array of one axis, perhaps of the kept entries alone, ...} of the parameters that have one."""
+        """{"velocity.0": array of one axis, ...} of the parameters that have one; where it is of the kept entries
+        alone, "velocity.0.mask" tells their mask.
+        """
         self.follow_masks()
-        return {f"velocity.{i}": engine.velocity_to_host(v) for i, v in enumerate(self.velocity) if v is not None}
+        state = {}
+        for i, (p, v) in enumerate(zip(self.params, self.velocity)):
+            if v is not None:
+                state[f"velocity.{i}"] = flat = engine.velocity_to_host(v)
+                if flat.size < p.size:
+                    state[f"velocity.{i}.mask"] = checksum(p.mask)
+        return state
 
     def load_state_dict(self, state):
         """Take a state_dict() of an optimiser of the same network, which has to have its masks by then, on whichever
         device it was. Raises ValueError; nothing is changed then.
         """
-        names = [f"velocity.{i}" for i in range(len(self.params))]
-        wrong = [f"{name} is unexpected" for name in state if name not in names]
-        wrong += [f"{name} has shape {np.shape(state[name])} instead of ({p.size},)"
-                  + f", or ({p.count},) of what its mask keeps: load the network first" * (p.ndim > 1)
-                  for name, p in zip(names, self.params)
-                  if name in state and np.shape(state[name]) not in ((p.size,), (p.count,))]
+        if not isinstance(state, dict):
+            raise TypeError(f"a state is a dict of arrays, as state_dict() returns it, not {type(state).__name__}")
+        parameters = {f"velocity.{i}": p for i, p in enumerate(self.params)}
+        wrong = [f"{name} is unexpected" for name in state if name.removesuffix(".mask") not in parameters]
+        for name, p in parameters.items():
+            value, mask = np.asarray(state.get(name, np.zeros(p.size))), state.get(f"{name}.mask")
+            if not is_number(value):
+                wrong.append(f"{name} has the type {value.dtype}")
+            elif value.shape not in ((p.size,), (p.count,)):
+                wrong.append(f"{name} has shape {value.shape} instead of ({p.size},)"
+                             + f", or ({p.count},) of what its mask keeps: load the network first" * (p.ndim > 1))
+            elif value.size < p.size and mask is not None and mask != checksum(p.mask):
+                wrong.append(f"{name} belongs to another mask: load the network first")
         if wrong:
             raise ValueError("this state does not fit the optimiser: " + "; ".join(wrong))
         self.masks = [p.mask for p in self.params]
         self.velocity = [engine.velocity_from_host(spread(state[name], p.size, p.mask), p.data, p.pattern)
-                         if name in state else self.at_rest(p) for name, p in zip(names, self.params)]
+                         if name in state else self.at_rest(p) for name, p in parameters.items()]
+
+
+def checksum(mask):
+    """A number that other masks hardly have."""
+    return np.uint32(zlib.crc32(np.packbits(to_host(mask))))
 
 
 def spread(values, size, mask):
@@ -1088,7 +1153,7 @@ class MultiStepLR:
 
     def __init__(self, lr, milestones, gamma=0.1):
         self.lr, self.gamma = real(lr, "lr"), real(gamma, "gamma")
-        self.milestones = sorted(whole(m, "a milestone") for m in milestones)
+        self.milestones = sorted(whole(m, "a milestone") for m in listed(milestones, "milestones"))
 
     def __call__(self, epoch):
         return self.lr * self.gamma ** len([m for m in self.milestones if epoch >= m])

@@ -17,21 +17,42 @@
 Shapes, errors and formulas stand at the functions of cpu.Engine; gpu.Engine has the same.
 """
 
-import numpy as np
-
-INTEGERS = int, np.integer
+import math
+from numbers import Real
 
 
 class EngineError(RuntimeError):
     """Something that this machine cannot do; the message is one sentence."""
 
 
+def whole(value, what, least=0):
+    """value as an int; ValueError, which names it, unless it is a whole number of at least `least`."""
+    if not isinstance(value, Real) or not least <= value < math.inf or value != int(value):
+        raise ValueError(f"{what} is a whole number of at least {least}, not {value!r}")
+    return int(value)
+
+
+def real(value, what, positive=False, most=math.inf):
+    """value as a float; ValueError, which names it, unless it is a finite number of at least 0, or more, up to most."""
+    if not isinstance(value, Real) or not 0 <= value <= most or value == math.inf or positive and value == 0:
+        limits = ("above 0" if positive else "of at least 0") + f" and at most {most}" * (most < math.inf)
+        raise ValueError(f"{what} is a number {limits}, not {value!r}")
+    return float(value)
+
+
+def listed(values, what):
+    """values as a list; TypeError, which names them, if they are none."""
+    try:
+        return list(None if isinstance(values, str) else values)
+    except TypeError:
+        raise TypeError(f"{what} is a list, not {str(values):.50}") from None
+
+
 def output_size(x, w, stride, padding):
     """(H, W) of the convolution of arrays of shapes x and w; raises ValueError for what does not fit together."""
-    if len(x) != 4 or len(w) != 4 or x[1] != w[1] or x[0] < 1:
-        raise ValueError(f"conv2d takes images (N, C, H, W) and weights (O, C, kh, kw) of one C, not {x} and {w}")
-    if not (isinstance(stride, INTEGERS) and stride >= 1 and isinstance(padding, INTEGERS) and padding >= 0):
-        raise ValueError(f"conv2d takes a stride of at least 1 and a padding of at least 0, not {stride} and {padding}")
+    if len(x) != 4 or len(w) != 4 or x[1] != w[1] or 0 in x or 0 in w:
+        raise ValueError("conv2d takes images (N, C, H, W) and weights (O, C, kh, kw) of one C, one or more of each, "
+                         f"not {x} and {w}")
     size = tuple((n + 2 * padding - k) // stride + 1 for n, k in zip(x[2:], w[2:]))
     if min(size) < 1:
         raise ValueError(f"a {w[2]}x{w[3]} kernel does not fit images of {x[2]}x{x[3]} with padding {padding}")
@@ -40,8 +61,7 @@ def output_size(x, w, stride, padding):
 
 def pool_size(x, size, stride, padding):
     """(H, W) of what pooling makes of images of shape x; raises ValueError unless windows of size x size fit."""
-    if not all(isinstance(n, INTEGERS) for n in (size, stride, padding)) or size < 1 or stride < 1 or not (
-            0 <= padding <= size // 2) or min(x[2:]) + 2 * padding < size:
+    if padding > size // 2 or min(x[2:]) + 2 * padding < size:
         raise ValueError(f"windows of {size}x{size} with stride {stride} and padding {padding} "
                          f"do not fit images of {x[2]}x{x[3]}")
     return tuple((n + 2 * padding - size) // stride + 1 for n in x[2:])

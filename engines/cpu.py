@@ -77,7 +77,7 @@ class Engine:
 
     def parameter(self, array):
         """A parameter's array in the order in which it is stored."""
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
 
     def pattern(self, mask):
         """The Pattern of a mask of low density, else None."""
@@ -137,7 +137,8 @@ class Engine:
         columns, correct = np.arange(N), (logits.argmax(axis=1) == labels).sum()
         z = np.array(logits.T, order="C")  # (K, N): reductions over classes then run along memory
         z -= z.max(axis=0)
-        p = np.exp(z)
+        with np.errstate(under="ignore"):  # whatever the program does about it elsewhere
+            p = np.exp(z)
         total = p.sum(axis=0)
         loss = (np.log(total) - z[labels, columns]).mean()
         return loss, np.array([loss.astype(np.float64) * N, correct]), (p, total, labels, columns)
@@ -145,9 +146,10 @@ class Engine:
     def cross_entropy_gradient(self, g, saved):
         """dlogits = g (softmax(logits) - onehot(label)) / N"""
         p, total, labels, columns = saved
-        dz = p / total
-        dz[labels, columns] -= 1
-        dz *= g / len(labels)
+        with np.errstate(under="ignore"):
+            dz = p / total
+            dz[labels, columns] -= 1
+            dz *= g / len(labels)
         return dz.T
 
     # ---- images

@@ -80,7 +80,7 @@ class Ranks(Alone):
         start_sum = self.start_nccl if gpu else self.start_mpi
         pieces = []  # (array, which of its entries) of everything to be averaged, flat; masked entries stay at home
         for p in model.parameters():
-            p.grad = nn.engine.parameter(nn.xp.zeros_like(p.data) if p.grad is None else p.grad)
+            nn.put(p, "grad", nn.engine.parameter(nn.xp.zeros_like(p.data) if p.grad is None else p.grad))
             pieces.append((flat(p.grad), slice(None) if gpu or p.mask is None else p.mask.reshape(-1)))
         pieces += [(array.reshape(-1), slice(None)) for _, array in model.named_arrays(nn.xp.ndarray)]
         pending = []  # the bucket whose sum runs while the next one is put together

@@ -322,8 +322,8 @@ def test_mistakes():
         (lambda: sparse_moments(x, x, 0.5, "guess"), "'exact', 'series', 'enumerate' or 'sample', not 'guess'"),
         (lambda: sparse_moments(x, x, 0.5, "enumerate"), "all masks of 30 non-zero coordinates is too long: 20"),
         (lambda: sparse_moments(x, x, 0.5, "sample"), "needs rng, a NumPy generator"),
-        (lambda: kernels.kernel_distance(x, x, 0, 0.5), "width is a positive number, not 0"),
-        (lambda: kernels.optimal_density(-1, 784), "weights_per_input is a positive number, not -1"),
+        (lambda: kernels.kernel_distance(x, x, 0, 0.5), "width is a number above 0, not 0"),
+        (lambda: kernels.optimal_density(-1, 784), "weights_per_input is a number above 0, not -1"),
         (lambda: kernels.optimal_width(x, x, lambda n: 9), r"needs widths=\(least, greatest\)"),
         (lambda: kernels.optimal_width(x, x, 50, widths=(9, 5)), r"in this order, not \(9, 5\)"),
         (lambda: kernels.gp_predict(np.eye(3), np.arange(4), np.eye(4)), r"4 labels need a kernel of shape \(4, 4\)"),
@@ -346,30 +346,42 @@ def labelled(labels, n=4, **options):
     (lambda x, X, rng: sparse_moments(x * np.nan, x, 0.5), "finite numbers, without NaN"),
     (lambda x, X, rng: sparse_moments(x, x, "0.5"), "density is a number above 0 and at most 1, not '0.5'"),
     (lambda x, X, rng: sparse_moments(x, x, np.ones(2)), "density is a number"),
-    (lambda x, X, rng: sparse_moments(x, x, 0.5, rtol=np.nan), "rtol is a positive number, not nan"),
-    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=0, rng=rng), "masks is a positive whole number"),
-    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=1, rng=rng), "masks is a number of at least 2"),
-    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=9.5, rng=rng), "masks is a positive whole number"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, rtol=np.nan), "rtol is a number above 0, not nan"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=0, rng=rng), "masks is a whole number of at least 2"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=1, rng=rng), "masks is .* of at least 2, not 1"),
+    (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", masks=9.5, rng=rng), "masks is a whole number"),
     (lambda x, X, rng: sparse_moments(x, x, 0.5, "sample", rng=0), "needs rng, a NumPy generator"),
     (lambda x, X, rng: kernels.infinite_kernel(X[:, :0]), "matrices with the same number of columns"),
     (lambda x, X, rng: kernels.kernel_distance(x, np.ones(1), 5, 0.5), "of the same d"),
     (lambda x, X, rng: kernels.kernel_distance(x[:0], x[:0], 5, 0.5), "of the same d"),
-    (lambda x, X, rng: kernels.kernel_distance(x, x, "5", 0.5), "width is a positive number, not '5'"),
-    (lambda x, X, rng: kernels.measured_kernel(X, X, 0, 0.5, rng), "width is a positive whole number, not 0"),
-    (lambda x, X, rng: kernels.measured_kernel(X, X, 1.5, 0.5, rng), "width is a positive whole number, not 1.5"),
+    (lambda x, X, rng: kernels.kernel_distance(x, x, "5", 0.5), "width is a number above 0, not '5'"),
+    (lambda x, X, rng: kernels.measured_kernel(X, X, 0, 0.5, rng), "width is a whole number of at least 1, not 0"),
+    (lambda x, X, rng: kernels.measured_kernel(X, X, 1.5, 0.5, rng), "width is a whole number of at least 1, not 1.5"),
     (lambda x, X, rng: kernels.measured_kernel(X, X, 5, 0.5, None), "measured_kernel needs rng"),
     (lambda x, X, rng: kernels.kernel_distance_formula(10, 1.5, 30), "density is above 0 and at most 1"),
     (lambda x, X, rng: kernels.kernel_distance_formula(np.array([10, -1]), 0.5, 30), "width and d are positive"),
-    (lambda x, X, rng: kernels.optimal_width(x, x, 0), "weights is a positive number, not 0"),
-    (lambda x, X, rng: kernels.optimal_width(x, x, 50, widths=(4.5, 9)), "two positive integers"),
+    (lambda x, X, rng: kernels.optimal_width(x, x, 0), "weights is a number above 0, not 0"),
+    (lambda x, X, rng: kernels.optimal_width(x, x, 50, widths=(4.5, 9)), "each of widths is a whole number"),
     (lambda x, X, rng: kernels.optimal_width(x, x, 50, widths=(4, 9, 12)), "two positive integers"),
+    *((lambda x, X, rng, n=n: kernels.optimal_width(x, x, n), f"weights is a number above 0, not {n}")
+      for n in (np.inf, np.nan, -3)),
+    (lambda x, X, rng: kernels.optimal_width(x[None][:0], x, 50), "one pair x, y or more"),
+    (lambda x, X, rng: kernels.optimal_width(x, x, 60, widths=(1, 9)),
+     "width 1 and 30 inputs cannot keep 60.0 weights: its widths begin at 2"),
+    (lambda x, X, rng: kernels.optimal_width(x, x, lambda n: 9 - n, widths=(9, 9)),
+     "weights of a first layer of width 9 is a number above 0, not 0"),
+    *((lambda x, X, rng, f=f: f(X * [1, 1, np.nan, 1]), "X and Y are matrices of finite numbers") for f in (
+        kernels.infinite_kernel, lambda X: kernels.series_moments(X, X, 0.5),
+        lambda X: kernels.measured_kernel(X, None, 3, 0.5, np.random.default_rng(0)))),
+    *((lambda x, X, rng, squares=squares: kernels.relu_moment(*squares, 1), "xx and yy are squared lengths")
+      for squares in ((-1, 1, 0), (1, np.array([1, np.nan]), 0), (1, 1, np.nan))),
     (lambda x, X, rng: labelled([0, 1, -1, 0]), "labels are integers from 0, .* from -1"),
     (lambda x, X, rng: labelled([0.0, 1, 1, 0]), "labels are integers from 0"),
     (lambda x, X, rng: labelled([True, False, True, False]), "labels are integers from 0"),
     (lambda x, X, rng: labelled([[0], [1], [1], [0]]), "labels are integers from 0"),
     (lambda x, X, rng: labelled([0, 1, 1, 0], noises=()), "noises is a list of one number or more"),
-    (lambda x, X, rng: labelled([0, 1, 1, 0], noises=(-0.5,)), "none of them negative"),
-    (lambda x, X, rng: labelled([0, 1, 1, 0], noises=(np.nan,)), "none of them negative"),
+    (lambda x, X, rng: labelled([0, 1, 1, 0], noises=(-0.5,)), "each of noises is a number of at least 0"),
+    (lambda x, X, rng: labelled([0, 1, 1, 0], noises=(np.nan,)), "each of noises is a number of at least 0"),
     (lambda x, X, rng: kernels.gp_predict(np.eye(4) * np.nan, [0, 1, 1, 0], np.eye(4)), "finite numbers, without NaN"),
     (lambda x, X, rng: kernels.gp_predict(np.eye(4), [0, 1, 1, 0], np.eye(4) / 0.0), "finite numbers, without NaN"),
     (lambda x, X, rng: kernels.gp_predict(np.tri(4), [0, 1, 1, 0], np.eye(4)), "is a symmetric matrix"),
@@ -386,6 +398,31 @@ def test_wrong_values_are_told_in_one_sentence(mistake, sentence):
 def test_inputs_are_real_numbers(function):
     with pytest.raises(TypeError, match="real numbers, not"):
         function(np.ones((2, 3)))
+
+
+def test_numbers_instead_of_lists_are_told_in_one_sentence():
+    x = np.ones(3)
+    for mistake, name in ((lambda: labelled([0, 1, 1, 0], noises=0.1), "noises is a list, not 0.1"),
+                          (lambda: kernels.optimal_width(x, x, 5, widths=9), "widths is a list, not 9")):
+        with pytest.raises(TypeError, match=name):
+            mistake()
+
+
+@pytest.mark.parametrize("large", [2.0**60, 2.0**500, 2.0**-500])
+def test_very_long_beside_very_short_vectors(large):
+    """Kp_l grows with the lengths, and only their product need be a floating-point number."""
+    x, y = np.random.default_rng(19).standard_normal((2, 3, 30))
+    for method in ("exact", "series", "sample"):
+        moments = [sparse_moments(x * a, y * b, 0.3, method, **({"rng": np.random.default_rng(0)} if method == "sample"
+                                                              else {})) for a, b in ((1, 1), (large, 1 / large))]
+        np.testing.assert_array_equal(*moments)
+    for f in (lambda x, y: kernels.series_moments(x, y, 0.3), kernels.infinite_kernel,
+              lambda x, y: kernels.kernel_distance(x, y, 9, 0.3)):
+        np.testing.assert_array_equal(f(x, y), f(x * large, y / large))
+    if large == 2.0**60:
+        x, y = x.astype(np.float32), y.astype(np.float32)
+        np.testing.assert_array_equal(kernels.infinite_kernel(x, y),
+                                      kernels.infinite_kernel(x * np.float32(2.0**100), y * np.float32(2.0**-100)))
 
 
 def test_numbers_of_all_kinds_are_as_good_as_python_floats():
