@@ -235,7 +235,7 @@ def fig8b_compute(s):
         return [float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)]
 
     names = ("exact", "bias", "variance", "series", "raw", "measured", "measured independent")
-    result = {"pairs": KERNEL_PAIRS, "networks": KERNEL_SEEDS, "widths": KERNEL_WIDTHS,
+    result = {"digest": dataset.digest[:16], "pairs": KERNEL_PAIRS, "networks": KERNEL_SEEDS, "widths": KERNEL_WIDTHS,
               "densities": [density(n) for n in KERNEL_WIDTHS],
               "formula": [float(kernels.kernel_distance_formula(n, density(n), INPUTS)) for n in KERNEL_WIDTHS],
               **{name: [] for name in names}}

@@ -209,6 +209,7 @@ def infinite_kernel(X, Y=None):
 # ---------------------------------------------------------------------------------------------- sparse: Kp_l
 
 
+@np.errstate(under="ignore")  # of exponentials that do not count, whatever the program does about it elsewhere
 def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=None):
     """(Kp_1, Kp_2) for pairs x, y (..., d), which broadcast: two arrays of the leading shape, float64.
 

@@ -13,9 +13,9 @@ import functools
 import os
 
 from datasets import arrays, drawn, photographs
-from datasets.dataset import DataError, Dataset
+from datasets.dataset import Arrays, DataError, Dataset, digest_of
 
-__all__ = ["DataError", "Dataset", "NAMES", "load"]
+__all__ = ["Arrays", "DataError", "Dataset", "NAMES", "digest_of", "load"]
 
 LOADERS = {
     "mnist": arrays.mnist, **{name: functools.partial(arrays.cifar, name) for name in arrays.CIFAR},
@@ -32,6 +32,8 @@ def load(name, folder, **options):
     (decoders, 0 for as many as this process has cores) and unreadable (the share of either half's files that may be);
     classes and images (to train on, of each class) of the drawn photographs.
     """
-    if name not in LOADERS:
+    if name not in NAMES:
         raise DataError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise DataError(f"the folder of a data set is a path, not {folder!r}")
     return LOADERS[name](os.path.expanduser(folder), **options)

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import nn
-from engines import host
+from engines import host, whole
 from lab.files import FileFault
 
 
@@ -34,8 +34,9 @@ class Dataset:
     until the next batch is asked for: their memory is used again. The last batch of an epoch may be smaller.
     part: (rank, ranks), for processes that share each batch: only the rank's share of it, which may be empty.
     digest: `digest_of` the whole data set as loaded, whatever files it came in: images and labels of both halves; of
-    photographs classes, paths and labels. unpublished: a clause that names the files whose contents are not the
-    published ones, "" if there are none. Parts and other variants of a data set keep both.
+    photographs classes, paths and labels; by default that of two halves of Arrays, else "". unpublished: a clause that
+    names the files whose contents are not the published ones, "" if there are none. Parts and other variants of a data
+    set keep both.
     """
 
     name: str
@@ -44,6 +45,11 @@ class Dataset:
     test: object
     digest: str = ""
     unpublished: str = ""
+
+    def __post_init__(self):
+        if not self.digest and isinstance(self.train, Arrays) and isinstance(self.test, Arrays):
+            halves = self.train, self.test
+            object.__setattr__(self, "digest", digest_of(*(a for half in halves for a in (half.images, half.labels))))
 
     shape = property(lambda self: self.train.shape)  # (C, H, W)
     train_labels = property(lambda self: self.train.labels)
@@ -70,6 +76,7 @@ class Dataset:
         those that are left the first `limit` are trained on. 0: no such thing.
         """
         train, test, count = self.train, self.test, len(self.train_labels)
+        held_out, limit = whole(held_out, "held_out"), whole(limit, "limit")
         if held_out >= count:
             raise DataError(f"{self.name} has {count:,} training images, so {held_out:,} cannot be held out")
         if held_out:
@@ -83,7 +90,7 @@ class Dataset:
         """Training images become random crops of their own size from the image with `padding` black pixels on each
         side, then, with `flips`, mirrored left to right half of the time; test images stay as they are.
         """
-        return replace(self, train=replace(self.train, padding=padding, flips=flips))
+        return replace(self, train=replace(self.train, padding=whole(padding, "padding"), flips=flips))
 
     def standardized_by_pixel(self):
         """Each pixel by its own mean and deviation over the training images, constant pixels to 0 (Figure 8)."""
@@ -164,7 +171,7 @@ def digest_of(*arrays):
 
 def shares(count, batch, start, part):
     """The slices of range(count) that are this part's, (rank, ranks), of each batch from number `start` on."""
-    rank, ranks = part
+    (rank, ranks), batch, start = part, whole(batch, "batch", 1), whole(start, "start")
     for first in range(start * batch, count, batch):
         n = min(batch, count - first)
         yield slice(first + n * rank // ranks, first + n * (rank + 1) // ranks)

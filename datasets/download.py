@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.dataset import DataError
+from lab import files
 from lab.files import locked
 
 LARGEST = 2**28  # bytes of a file that is downloaded or verified
@@ -105,6 +106,8 @@ def download(urls, path, verify):
     Nothing unverified is ever called `path`. A line on stderr says which address is waited for. Raises DataError with
     the reason of every address when none gave the file.
     """
+    if not files.mode.downloading:
+        raise DataError(f"{path.name} is not downloaded only to be compared")
     part, failures = path.with_name(path.name + ".part"), []
     try:
         for url in urls:

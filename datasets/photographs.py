@@ -276,6 +276,7 @@ def of_tree(name, tree, size=224, threads=0, unreadable=0.01):
     size: of the images that a network sees. threads: decoders, 0 for as many as this process has cores. unreadable: the
     share of either half's files that may be.
     """
+    size = nn.whole(size, "size", 1)
     classes, halves = files_of(tree, unreadable)
     digest = digest_of(trees.encoded(classes), *(array for half in halves for array in (half.names, half.labels)))
     return Dataset(name, len(classes), *(Photographs(half, np.arange(len(half.names)), size, threads)

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import math
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -18,10 +19,10 @@ import numpy as np
 
 import nn
 from lab.figures import plot
-from lab.files import FileFault
+from lab.files import FileFault, without_downloads
 from lab.processes import Alone, world
 from lab.run import EXPECTED, Run, check_same_data, data_of, percent
-from lab.settings import UsageError, flag
+from lab.settings import Experiment, UsageError, flag
 from lab.sweep import WORKER, sweep, sweep_in_processes
 
 
@@ -215,12 +216,13 @@ def perform(experiment, settings, todo, argv, ranks):
 
 def compare_data(experiment, runs):
     """FileFault if runs that are done were trained on other data than those that are found now; no more than a word if
-    these are not here.
+    these are not here: nothing is downloaded to be compared.
     """
     digests = {run: data_of(run.result())[0] for run in runs if run.done()}
     if any(digests.values()):
         try:
-            dataset = experiment.load(runs[0].settings)
+            with without_downloads():
+                dataset = experiment.load(runs[0].settings)
         except FileFault as fault:
             reason = str(fault).split("; ")[0]
             runs[0].say(f"the data were not compared with those it was trained on: {reason}", sys.stderr)
@@ -279,7 +281,11 @@ class Screen:
 
 @contextlib.contextmanager
 def screens():
+    """stdout and stderr are Screens; of several threads that are inside, the first one's."""
     before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, Screen):
+        yield
+        return
     sys.stdout, sys.stderr = map(Screen, before)
     try:
         yield
@@ -290,16 +296,26 @@ def screens():
 
 
 def main(experiment, argv=None):
-    """The command line of an experiment; returns the exit code. A rank that fails ends the whole job."""
-    with screens():
-        return command(experiment, sys.argv[1:] if argv is None else list(argv))
+    """The command line of an experiment; returns the exit code. A rank that fails ends the whole job.
+
+    argv: a list of words, or all of them in one text; by default the program's own. A run that is told to stop by a
+    signal saves and raises SystemExit, so that the program does not go on.
+    """
+    if not isinstance(experiment, Experiment):
+        raise TypeError(f"main takes a script's EXPERIMENT, not {experiment!r:.60}")
+    argv = sys.argv[1:] if argv is None else shlex.split(argv) if isinstance(argv, str) else [str(w) for w in argv]
+    with screens(), np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):  # NumPy's own
+        return command(experiment, argv)
 
 
 def command(experiment, argv):
     ranks, performing, script = Alone(), False, experiment.command
     try:
         ranks = world()
-        settings, todo = parse(experiment, argv)
+        try:
+            settings, todo = parse(experiment, argv)
+        except SystemExit as end:  # argparse has said what there is to say
+            return end.code
         performing = True
         return perform(experiment, settings, todo, argv, ranks)
     except EXPECTED as error:

@@ -211,13 +211,13 @@ def computed_for(experiment, name, settings, runs, recorded):
 
 
 def about_data_of(results):
-    """Lines that say of runs trained on data that are not the published ones, or not all on the same, that they are."""
+    """Lines that say of results on data that are not the published ones, or not all on the same, that they are."""
     digests, unpublished = zip(*map(data_of, results), strict=True)
     lines = [f"the data: {which}" for which in dict.fromkeys(unpublished) if which]
     counts = collections.Counter(digest[:16] for digest in digests if digest)
     if len(counts) > 1:
-        lines.append("not all runs were trained on the same data: "
-                     + ", ".join(f"{count} on SHA-256 {digest}" for digest, count in counts.items()))
+        lines.append("not all results are of the same data: "
+                     + ", ".join(f"{count} of SHA-256 {digest}" for digest, count in counts.items()))
     return lines
 
 
@@ -248,7 +248,7 @@ def plot(experiment, name, settings, metric, record):
     grouped = points(runs, results)
     computed = [computed_for(experiment, name, settings, runs, head if recorded else {})] if figure.compute else []
     picture, summary = figure.draw(grouped, metric, *computed)
-    summary = [*summary, *(about_data_of(list(filter(None, results))) if figure.trained else [])]
+    summary = [*summary, *(about_data_of([*filter(None, results), *computed]) if figure.trained else [])]
     if figure.trained:
         print(*table(figure, grouped, metric, experiment.command), *figure.notes(settings), "", sep="\n")
     print(f"{name}: {figure.help}", *summary, sep="\n")

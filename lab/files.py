@@ -3,6 +3,7 @@
     write_whole(path, content)            all of it or what was there before, even if the power goes
     save_arrays(arrays), load_arrays()    an .npz that carries the SHA-256 of itself; nothing is unpickled
     with locked(path): ...                one process at a time, on any file system
+    with without_downloads(): ...         what is absent is not downloaded
 """
 
 import contextlib
@@ -12,10 +13,30 @@ import hashlib
 import io
 import json
 import os
+import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
+
+
+class Mode(threading.local):
+    """What holds for a thread."""
+
+    downloading = True  # False inside without_downloads()
+
+
+mode = Mode()
+
+
+@contextlib.contextmanager
+def without_downloads():
+    """Inside it files that are absent stay absent."""
+    before, mode.downloading = mode.downloading, False
+    try:
+        yield
+    finally:
+        mode.downloading = before
 
 
 class FileFault(Exception):

@@ -783,6 +783,23 @@ def marked(count):
     return Dataset("marked", 250, train, Arrays(images[:50], np.arange(min(count, 50)), scale, shift))
 
 
+def test_a_data_set_of_ones_own_knows_its_data():
+    a, b = marked(80), marked(80)
+    assert len(a.digest) == 64 and a.digest == b.digest == a.part(10).augmented().digest != marked(81).digest
+    b.train.images[3, 0, 1, 2] ^= 1
+    assert Dataset("marked", 250, b.train, b.test).digest != a.digest
+    assert Dataset("mine", 250, a.train, a.test, "of my own").digest == "of my own"
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("cifar", "data"), "no data set is called 'cifar'; there are mnist"), ((["mnist"], "data"), "no data set is called"),
+    ((None, "data"), "no data set is called None"), (("mnist", None), "the folder of a data set is a path, not None"),
+    (("mnist", 3), "is a path, not 3")])
+def test_what_is_no_data_set(arguments, says):
+    with pytest.raises(DataError, match=says):
+        datasets.load(*arguments)
+
+
 def kept(batches):
     """Batches as pairs of NumPy arrays of their own."""
     return [(nn.to_host(x).copy(), nn.to_host(y).copy()) for x, y in batches]
@@ -810,6 +827,14 @@ def test_parts():
     np.testing.assert_array_equal(collect(part.test_batches(7))[0], part.test_images * part.scale + part.shift)
     x, labels = collect(part.train_batches(7, 0, 0))
     assert sorted(labels) == list(range(50)) and (x[:, 1] == -2).any()  # the padding, after normalisation
+    for mistake, says in ((lambda: whole.part(-1), "held_out is a whole number of at least 0, not -1"),
+                          (lambda: whole.part(0, 2.5), "limit is a whole number"),
+                          (lambda: whole.augmented(-1), "padding is a whole number of at least 0, not -1"),
+                          *((lambda batch=batch: next(whole.train_batches(batch, 0, 0)), "batch is a whole number")
+                            for batch in (0, -1, None)),
+                          (lambda: next(whole.train_batches(9, 0, 0, start=-1)), "start is a whole number")):
+        with pytest.raises(ValueError, match=says):
+            mistake()
     with pytest.raises(DataError, match="marked has 80 training images, so 80 cannot be held out"):
         whole.part(held_out=80)
     with pytest.raises(DataError, match="marked has 60 training images, so a limit of 61 cannot be met"):

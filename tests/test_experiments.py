@@ -530,6 +530,7 @@ def test_figure_8b_from_training_to_picture(data_dir, tmp_path, monkeypatch, cap
     told = capsys.readouterr().out
     assert "exact (Theorem 1): least at width" in told and "rank correlation" in told
     computed = read_json(tmp_path / "mlp_mnist" / "synthetic" / "fig8b,seed=0.json")["computed"]
+    assert computed["digest"] == load(mlp.Settings(data="synthetic", data_dir=data_dir)).digest[:16]
     assert computed["densities"][0] == 1 and computed["densities"][-1] == pytest.approx(2 / (784 * 635))
     exact, measured = (np.array(computed[name])[:, 0] for name in ("exact", "measured independent"))
     spread = np.array(computed["measured independent"])[:, 1] / computed["networks"] ** 0.5

@@ -330,6 +330,6 @@ def test_a_figure_names_its_data(records, tmp_path, capsys):
         figures.plot(experiment, "fig", replace(s, out=out), "best", record=record)
         told = capsys.readouterr().out
         assert "the data: train.bin is not the original\n" in told
-        assert f"trained on the same data: 1 on SHA-256 {'a' * 16}, 1 on SHA-256 {'b' * 16}\n" in told
+        assert f"not all results are of the same data: 1 of SHA-256 {'a' * 16}, 1 of SHA-256 {'b' * 16}\n" in told
     rows = read_json(records / "mlp_mnist_synthetic_fig.json")["runs"]
     assert [row["digest"] for row in rows] == ["a" * 16, "b" * 16] and "unpublished" not in rows[1]

@@ -400,6 +400,19 @@ def test_inputs_are_real_numbers(function):
         function(np.ones((2, 3)))
 
 
+def test_a_program_that_makes_numpy_raise():
+    """What underflows on the way is of no weight in the result."""
+    x, y = np.random.default_rng(20).standard_normal((2, 3, 30))
+    for f in (lambda: sparse_moments(x, y, 0.3), lambda: sparse_moments(x, y, 1e-3), lambda: sparse_moments(x, y, 1.0),
+              lambda: sparse_moments(x[:, :9], y[:, :9], 0.3), lambda: sparse_moments(0 * x, y, 0.3),
+              lambda: kernels.series_moments(x, y, 0.3), lambda: kernels.infinite_kernel(x, y),
+              lambda: kernels.kernel_distance(x, y, 9, 0.3), lambda: kernels.optimal_width(x, y, 300),
+              lambda: sparse_moments(x, y, 0.3, "sample", masks=100, rng=np.random.default_rng(0))):
+        want = f()
+        with np.errstate(all="raise"):
+            np.testing.assert_array_equal(f(), want)
+
+
 def test_numbers_instead_of_lists_are_told_in_one_sentence():
     x = np.ones(3)
     for mistake, name in ((lambda: labelled([0, 1, 1, 0], noises=0.1), "noises is a list, not 0.1"),

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import tiny
 from tiny import TINY, finished, flags, remains, run_of
 
+import datasets
 import exp_mlp_mnist as mlp
 import exp_resnet_cifar as resnet
 import lab
@@ -323,14 +325,14 @@ def test_a_run_goes_on_and_is_done_with_the_data_that_it_began_with(tmp_path, ca
 
 
 def test_a_result_whose_data_are_not_here_is_shown(tmp_path, capsys):
-    def gone(s):
-        raise files.FileFault("there is no data/mnist")
-
+    """And nothing is downloaded for it."""
     finished(run_of(tmp_path))
     capsys.readouterr()
-    assert command.main(replace(TINY, load=gone), flags(tmp_path)) == 0
+    gone = replace(TINY, load=lambda s: datasets.load("mnist", tmp_path))
+    assert command.main(gone, flags(tmp_path)) == 0
     told = capsys.readouterr()
-    assert told.err == "the data were not compared with those it was trained on: there is no data/mnist\n"
+    assert re.fullmatch("the data were not compared with those it was trained on: train-images-idx3-ubyte, .* is not in "
+                        ".*\n", told.err) and "downloading" not in told.err
     assert "test accuracy" in told.out
 
 
@@ -367,11 +369,19 @@ def test_the_hash_of_the_code_covers_all_that_computes(monkeypatch, tmp_path):
 
 def outcome(script, words, capsys):
     """(exit code, what is said on stderr) of a command; in this process, for speed."""
-    try:
-        code = command.main(importlib.import_module(script.removesuffix(".py")).EXPERIMENT, words)
-    except SystemExit as stop:
-        code = stop.code
+    code = command.main(importlib.import_module(script.removesuffix(".py")).EXPERIMENT, words)
     return code, capsys.readouterr().err
+
+
+def test_main_as_a_function(tmp_path, capsys):
+    """Words of any kind, or a text; help and mistakes of words are exit codes too."""
+    assert command.main(TINY, "--help") == 0 and "--width" in capsys.readouterr().out
+    assert command.main(TINY, ["--width", 15, "--epochs", 1, "--out", tmp_path, "--dry-run"]) == 0
+    assert command.main(TINY, f"--width 15 --epochs 1 --out '{tmp_path}' --dry-run") == 0
+    assert capsys.readouterr().out.count("width=15") == 2
+    assert command.main(TINY, "--out ''") == 2 and "--out is the path of a folder, and this" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="main takes a script's EXPERIMENT, not <module 'lab.command'"):
+        command.main(command)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

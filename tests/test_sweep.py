@@ -10,6 +10,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from tiny import TINY, finished, flags, run_of
@@ -285,10 +286,18 @@ def test_a_stream_that_was_closed_says_nothing(tmp_path, monkeypatch):
     assert not before or len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-def test_a_command_line_in_another_thread(tmp_path):
-    codes = []
-    thread = threading.Thread(target=lambda: codes.append(command.main(TINY, [*flags(tmp_path), "--sweep", "many"])))
-    thread.start()
-    thread.join()
-    assert codes == [0]
+def test_command_lines_in_other_threads(tmp_path):
+    """Two at once, of a program that lets NumPy raise; its stdout and its choice are its own again afterwards."""
+    before, codes = (sys.stdout, sys.stderr, np.geterr()), []
+
+    def work():
+        with np.errstate(all="raise"):
+            codes.append(command.main(TINY, [*flags(tmp_path), "--sweep", "many"]))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0] and (sys.stdout, sys.stderr, np.geterr()) == before
     all_done(tmp_path)
