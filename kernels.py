@@ -84,8 +84,8 @@ def pairs(x, y):
 
 
 def scaled(x):
-    """(z, e), x = z 2^e, e (...): each vector of x (..., d) with its largest entry between 1/2 and 1, so that no product
-    of a few entries over- or underflows.
+    """(z, e), x = z 2^e, e (...): the largest entry of each vector of z, as of x (..., d), lies between 1/2 and 1, so that
+    no product of a few entries over- or underflows.
     """
     xp = array_module(x)
     e = xp.frexp(abs(x).max(-1))[1]

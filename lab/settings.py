@@ -67,7 +67,7 @@ class Settings:
             value, least, choices = getattr(self, f.name), f.metadata["least"], f.metadata["choices"]
             if least is not None and value is not None and not (value >= least and math.isfinite(value)):
                 raise UsageError(f"{flag(f.name)} must be a number of at least {least}, not {value}")
-            if f.metadata["place"] and value == "":
+            if f.name in ("data_dir", "out") and not value:
                 raise UsageError(f"{flag(f.name)} is the path of a folder, and this one is empty")
             if choices and value not in choices:
                 raise UsageError(f"{flag(f.name)} is one of {', '.join(choices)}, not {value}")

@@ -792,7 +792,8 @@ def test_a_data_set_of_ones_own_knows_its_data():
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (("cifar", "data"), "no data set is called 'cifar'; there are mnist"), ((["mnist"], "data"), "no data set is called"),
+    (("cifar", "data"), "no data set is called 'cifar'; there are mnist"),
+    ((["mnist"], "data"), "no data set is called"),
     ((None, "data"), "no data set is called None"), (("mnist", None), "the folder of a data set is a path, not None"),
     (("mnist", 3), "is a path, not 3")])
 def test_what_is_no_data_set(arguments, says):
