@@ -80,11 +80,14 @@ def pairs(x, y):
     x, y = x.astype(np.float64, copy=False), y.astype(np.float64, copy=False)
     if not (xp.isfinite(x).all() and xp.isfinite(y).all()):
         raise ValueError("x and y are arrays of finite numbers, without NaN and infinity")
+    if any(n != m and 1 not in (n, m) for n, m in zip(x.shape[-2::-1], y.shape[-2::-1])):
+        raise ValueError(f"x and y are pairs (..., d) whose leading axes broadcast, not {x.shape} and {y.shape}; for "
+                         "all pairs of rows take x[:, None] and y")
     return xp, x, y
 
 
 def scaled(x):
-    """(z, e), x = z 2^e, e (...): the largest entry of each vector of z, as of x (..., d), lies between 1/2 and 1, so that
+    """(z, e), x = z 2^e, of x (..., d), e (...): the largest entry of each vector of z lies between 1/2 and 1, so that
     no product of a few entries over- or underflows.
     """
     xp = array_module(x)
@@ -147,7 +150,9 @@ def relu_moment(xx, yy, xy, order):
     """
     if order not in (1, 2):
         raise ValueError(f"order is 1 or 2, not {order!r}")
-    xp = array_module(xx, yy, xy)
+    order, xp = int(order), array_module(xx, yy, xy)
+    if any(np.iscomplexobj(a) for a in (xx, yy, xy)):
+        raise TypeError("xx, yy and xy are real numbers, not complex ones")
     dtype = np.result_type(*(getattr(a, "dtype", np.float64) for a in (xx, yy, xy)), np.float32)
     xx, yy, xy = (xp.asarray(a, dtype=np.float64) for a in (xx, yy, xy))
     if not ((xx >= 0).all() and (yy >= 0).all()) or xp.isnan(xy).any():
@@ -170,6 +175,7 @@ def angular_moment(w, acute, order):
     return array_module(w).where(acute, big, small) / (2 * np.pi)
 
 
+@np.errstate(under="ignore")
 def infinite_kernel(X, Y=None):
     """K_1/d for all pairs of the rows of X (N, d) and Y (M, d) (X itself if None): (N, M), the dense limit of Theta.
 
@@ -209,7 +215,6 @@ def infinite_kernel(X, Y=None):
 # ---------------------------------------------------------------------------------------------- sparse: Kp_l
 
 
-@np.errstate(under="ignore")  # of exponentials that do not count, whatever the program does about it elsewhere
 def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=None):
     """(Kp_1, Kp_2) for pairs x, y (..., d), which broadcast: two arrays of the leading shape, float64.
 
@@ -222,8 +227,9 @@ def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=N
     """
     density, rtol, (xp, x, y) = check_density(density), real(rtol, "rtol", positive=True), pairs(x, y)
     (x, a), (y, b) = scaled(x), scaled(y)
-    first, second, *rest = unit_moments(*xp.broadcast_arrays(x, y), density, method, rtol, masks, rng)
-    return tuple(xp.ldexp(z, e) for z, e in zip((first, second, *rest), (a + b, 2 * (a + b)) * 2))
+    with np.errstate(under="ignore"):  # of exponentials that do not count, whatever the program does about it elsewhere
+        moments = unit_moments(*xp.broadcast_arrays(x, y), density, method, rtol, masks, rng)
+        return tuple(xp.ldexp(z, e) for z, e in zip(moments, (a + b, 2 * (a + b)) * 2))
 
 
 def unit_moments(x, y, density, method, rtol, masks, rng):
@@ -304,6 +310,7 @@ def series_unit(cos, fourth, x2y2, mixed, p):
     return angular_moment(w, cos >= 0, 1) + scale * first, angular_moment(w, cos >= 0, 2) + scale * second
 
 
+@np.errstate(under="ignore")
 def series_moments(X, Y, density):
     """(Kp_1, Kp_2) by "series" for all pairs of the rows of X (N, d) and Y (M, d): two float64 arrays (N, M).
 
@@ -543,6 +550,7 @@ def beyond_one(g, p):
 # ---------------------------------------------------------------------------------------------- Theorem 1
 
 
+@np.errstate(under="ignore")
 def kernel_distance(x, y, width, density, method="exact", split=False, **options):
     """E (Theta(x,y) - K_1(x,y)/d)^2 over random networks (Theorem 1), for pairs x, y (..., d): an array (...).
 
@@ -564,11 +572,14 @@ def kernel_distance_formula(width, density, d):
 
     Numbers, or arrays that broadcast.
     """
-    if not (np.all(np.greater(width, 0)) and np.all(np.greater(d, 0))
-            and np.all(np.greater(density, 0) & np.less_equal(density, 1))):
-        raise ValueError("width and d are positive numbers and density is above 0 and at most 1, "
-                         f"not {width}, {d} and {density}")
-    return ((density**-0.5 - 1) ** 2 / 4 + d / width * (1 - 1 / np.pi**2)) / (4 * d)
+    given, xp = (width, density, d), array_module(width, density, d)
+    width, density, d = (xp.asarray(z) for z in given)
+    if {z.dtype.kind for z in (width, density, d)} <= set("biuf"):
+        width, density, d = (z.astype(np.float64) for z in (width, density, d))
+        if (width > 0).all() and (d > 0).all() and (density > 0).all() and (density <= 1).all():
+            return (((density**-0.5 - 1) ** 2 / 4 + d / width * (1 - 1 / np.pi**2)) / (4 * d))[()]
+    raise ValueError("width and d are positive numbers and density is above 0 and at most 1, "
+                     f"not {given[0]}, {given[2]} and {given[1]}")
 
 
 def optimal_density(weights_per_input, d):
@@ -625,6 +636,7 @@ def optimal_width(x, y, weights, method="exact", widths=None, **options):
 # ---------------------------------------------------------------------------------------------- networks and regression
 
 
+@np.errstate(under="ignore")
 def measured_kernel(X, Y, width, density, rng):
     """Theta(x,y) = (1/nd) sum_k relu(u_k x) relu(u_k y) of one random network, for all pairs of the rows of X (N, d)
     and Y (M, d) (X itself if None): (N, M).
@@ -660,10 +672,15 @@ def gp_predict(kernel, labels, cross, noises=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), held
     from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
     kernel, labels, cross = (to_host(z) for z in (kernel, labels, cross))
-    kernel = kernel.astype(np.result_type(kernel, np.float32), copy=False)
+    if not {kernel.dtype.kind, cross.dtype.kind} <= set("biuf"):
+        raise TypeError(f"kernel and cross are matrices of real numbers, not of {kernel.dtype} and {cross.dtype}")
+    kernel, held_out = kernel.astype(np.result_type(kernel, np.float32), copy=False), real(held_out, "held_out")
+    if rng is not None:
+        check_rng(rng, "gp_predict")
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise ValueError(f"labels are integers from 0, of shape (N,), not {labels.dtype} of shape {labels.shape}"
-                         + f" from {labels.min()}" * (labels.ndim == 1 and labels.size > 0))
+                         + (f" from {labels.min()}" if labels.size and labels.dtype.kind in "biuf" else ""))
+    labels = labels.astype(np.int64)
     N, noises = len(labels), [real(noise, "each of noises") for noise in listed(noises, "noises")]
     if not noises:
         raise ValueError("noises is a list of one number or more, and this one is empty")

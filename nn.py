@@ -65,8 +65,8 @@ def use_device(device="auto", number=0, **options):
 
 
 def to_host(array):
-    """The same values as a NumPy array."""
-    return engine.to_host(array)
+    """The same values, of an array or a Tensor, as a NumPy array."""
+    return engine.to_host(array.data if isinstance(array, Tensor) else array)
 
 
 def compiled(function):
@@ -134,6 +134,9 @@ class Tensor:
     def __repr__(self):
         return f"{type(self).__name__}({self.data!r})"
 
+    def __format__(self, spec):
+        return format(self.item(), spec) if spec else str(self)
+
     def __array__(self, *_, **__):
         raise TypeError("a Tensor is no array, and NumPy would lose its gradient: use nn's operations, or its .data")
 
@@ -174,6 +177,11 @@ class Tensor:
                              f"not {grad.shape}")
         if self.vjp is None:
             return self.accumulate(grad.copy())
+        with np.errstate(under="ignore"):  # whatever the program does about it elsewhere
+            self.propagate(grad)
+
+    def propagate(self, grad):
+        """Add the gradients of all leaves, given this node's."""
         grads = {id(self): grad}
         order = topological_order(self)
         while order:
@@ -226,15 +234,19 @@ USED_UP = "used up"  # the vjp of a node whose gradient was computed
 
 def floating(dtype):
     """dtype as a NumPy dtype; TypeError unless it is a floating one, bfloat16 among them."""
-    dtype = np.dtype(dtype)
-    if dtype.kind != "f" and dtype.name != "bfloat16":
+    dtype = np.dtype(object if dtype is None else dtype)  # not float64
+    if not is_floating(dtype):
         raise TypeError(f"dtype is a floating type such as numpy.float32, not {dtype}")
     return dtype
 
 
+def is_floating(dtype):
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
 def is_number(array):
     """Whether an array is of real numbers."""
-    return array.dtype.kind in "fbiu" or array.dtype.name == "bfloat16"
+    return array.dtype.kind in "biu" or is_floating(array.dtype)
 
 
 def floats(data, dtype=None):
@@ -464,6 +476,9 @@ def matmul(x, y):
         out = matmul(x, reshape(y, -1, 1))  # (..., m, 1)
         return reshape(out, out.shape[:-1])
 
+    if not x.ndim or not y.ndim or x.shape[-1] != y.shape[-2]:
+        raise ValueError(f"arrays of shapes {x.shape} and {y.shape} have no matrix product")
+
     def vjp(g):
         return (unbroadcast(g @ y.data.swapaxes(-1, -2), x.shape) if x.requires_grad else None,
                 unbroadcast(x.data.swapaxes(-1, -2) @ g, y.shape) if y.requires_grad else None)
@@ -570,8 +585,11 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
     if x.ndim != 4 or x.shape[1] != C or not x.size or add is not None and add.shape != x.shape:
         raise ValueError(f"batch_norm of {C} channels takes images (N, {C}, H, W), one or more, "
                          f"not {x.shape}" + (f", and as many to add, not {add.shape}" if add is not None else ""))
-    if any(array.shape != (C,) for array in (weight, bias, running_mean, running_var)):
-        raise ValueError("batch_norm takes weight, bias, running_mean and running_var of one shape (C,)")
+    if not all(isinstance(a, xp.ndarray) and a.shape == (C,) and is_floating(a.dtype)
+               for a in (weight.data, bias.data, running_mean, running_var)):
+        raise ValueError("batch_norm takes weight, bias, running_mean and running_var of one shape (C,), the last two "
+                         "arrays of a floating type")
+    momentum, eps = real(momentum, "momentum"), real(eps, "eps")
     if training and x.size < 2 * C:
         raise StatisticsError(f"batch_norm needs more than one value for each channel to train, not images of "
                               f"{x.shape}: choose a larger batch, and a number of examples and of processes that "
@@ -609,9 +627,9 @@ def global_avg_pool(x):
 class Parameter(Tensor):
     """A Tensor that is trained, with an optional mask. Its data are a copy of those given.
 
-    mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero, also when data,
-        grad or mask are assigned (p.grad = g, p.data += noise). Only what is written into these arrays in place, as by
-        p.data[0] = 1, passes by unseen.
+    data, grad, mask: may be assigned (p.data = array, p.data += noise); they become copies in data's dtype.
+    mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero, whatever is
+        assigned. Only what is written into these arrays in place, as by p.data[0] = 1, passes by unseen.
     density: the fraction of entries that are kept, 1 without a mask.
     pattern: what the engine knows of a mask of low density, so that work follows the kept entries; else None.
     name: its dotted name in the network whose parameters() were listed last, for messages.
@@ -628,19 +646,24 @@ class Parameter(Tensor):
     def __setattr__(self, name, value):
         if name == "mask":
             return self.set_mask(value)
-        if name in ("data", "grad") and value is not None and hasattr(self, "density"):
-            value = floats(value, getattr(value, "dtype", self.dtype))
+        if name == "data" and hasattr(self, "density") or name == "grad" and value is not None:
+            value, given = floats(value, self.dtype), value
             if value.shape != self.shape:
                 raise ValueError(f"{name} of shape {value.shape} is assigned to a parameter of shape {self.shape}")
             if self.mask is not None:
-                value = xp.where(self.mask, value, 0)
+                value = xp.where(self.mask, value, xp.zeros((), self.dtype))
+            elif given is not getattr(self, name):  # else p.data += x has changed it in place
+                value = value.copy()
+            value = engine.parameter(value)
             if name == "data":
+                engine.moved += 1
                 changed([self])
-                if value.dtype == self.dtype:  # where it lies: a captured graph knows the address
-                    self.data[...] = value
-                    return
-                value = engine.parameter(value)
         put(self, name, value)
+
+    def __setstate__(self, state):
+        """Of copy and pickle."""
+        for name, value in state[1].items():
+            put(self, name, value)
 
     def set_mask(self, mask):
         """Take this mask (None: dense) and zero the masked entries, of the gradient too; an optimiser follows it at its
@@ -654,10 +677,11 @@ class Parameter(Tensor):
             if given.dtype != bool and not (mask == given).all():
                 raise ValueError("a mask is an array of booleans, or of 0 and 1")
         put(self, "mask", mask)
+        engine.moved += 1
         self.density, self.pattern = 1.0, None
+        changed([self])
         if mask is not None:
             self.density, self.pattern = float(mask.mean()), engine.pattern(mask)
-            changed([self])
             for array in (self.data, self.grad):
                 if array is not None:
                     array[~mask] = 0
@@ -678,7 +702,7 @@ class Parameter(Tensor):
 
 
 def changed(parameters):
-    """Note that their data were changed in place: gradients of what was computed before would be wrong."""
+    """Note that their data or masks were changed: gradients of what was computed before would be wrong."""
     global clock
     clock += 1
     for p in parameters:
@@ -702,6 +726,11 @@ class Module:
     """
 
     training = True
+
+    def __setattr__(self, name, value):
+        if isinstance(vars(self).get(name), Parameter) and not (value is None or isinstance(value, Parameter)):
+            raise TypeError(f"{name} is a Parameter: assign another one, or an array to its data")
+        super().__setattr__(name, value)
 
     def __call__(self, *inputs, **options):
         return self.forward(*inputs, **options)
@@ -762,15 +791,16 @@ class Module:
             raise TypeError(f"a state is a dict of arrays, as state_dict() returns it, not {type(state).__name__}")
         parameters = dict(self.named_parameters())
         targets = {name: p.data for name, p in parameters.items()} | dict(self.named_arrays(xp.ndarray))
-        known = targets | {f"{name}.mask": p.data for name, p in parameters.items()}
+        masks = {f"{name}.mask": p.data for name, p in parameters.items()}
+        known = targets | masks
         wrong = [f"{name} is missing" for name in targets if name not in state]
         wrong += [f"{name} is unexpected" for name in state if name not in known]
         wrong += [f"{name} has shape {np.shape(value)} instead of {known[name].shape}" for name, value in state.items()
                   if name in known and np.shape(value) != known[name].shape]
         wrong += [f"{name} has the type {np.asarray(value).dtype}" for name, value in state.items()
-                  if not is_number(np.asarray(value))]
+                  if name in known and is_number(known[name]) and not is_number(np.asarray(value))]
         wrong += [f"{name} has entries other than 0 and 1" for name, value in state.items()
-                  if name.endswith(".mask") and not np.isin(value, (0, 1)).all()]
+                  if name in masks and not np.isin(value, (0, 1)).all()]
         if wrong:
             raise ValueError("this state does not fit the network: " + "; ".join(wrong))
         for name, target in targets.items():
@@ -803,7 +833,7 @@ class Layer(Module):
         """Draw the weights from U(-b, b), b = 1 / sqrt(fan_in density), the bias likewise (PyTorch's rule with
         the sparse fan-in). All entries are drawn, then those masked are zeroed.
         """
-        bound = 1 / math.sqrt(self.weight.data[0].size * density)
+        rng, bound = np.random.default_rng(rng), 1 / math.sqrt(self.weight.data[0].size * density)
         for p in (self.weight, self.bias):
             if p is not None:
                 p.fill(rng.uniform(-bound, bound, p.shape))
@@ -831,6 +861,7 @@ class Linear(Layer):
         super().__init__((out_features, in_features), bias, dtype, rng)
 
     def reset(self, rng, density=1.0):
+        rng = np.random.default_rng(rng)
         super().reset(rng, density)
         if self.ntk:
             self.weight.fill(rng.normal(0, density**-0.5, self.weight.shape))
@@ -878,6 +909,7 @@ class Flatten(Module):
     """(N, ...) -> (N, everything else)"""
 
     def forward(self, x):
+        x = tensor(x)
         return x if x.ndim == 2 else reshape(x, len(x), math.prod(x.shape[1:]))
 
 
@@ -1043,6 +1075,8 @@ class SGD:
         self.momentum, self.weight_decay = real(momentum, "momentum"), real(weight_decay, "weight_decay")
         if nesterov and momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
+        if isinstance(params, Tensor):
+            raise TypeError("SGD takes Parameters in a list, such as model.parameters(), not one by itself")
         self.params = listed(params, "SGD's first argument")
         others = {type(p).__name__ for p in self.params if not isinstance(p, Parameter)}
         if others:
@@ -1072,14 +1106,15 @@ class SGD:
             if p.mask is not self.masks[i]:
                 if self.velocity[i] is not None:
                     v = spread(engine.velocity_to_host(self.velocity[i]), p.size, self.masks[i])
-                    v *= 1 if p.mask is None else to_host(p.mask).reshape(-1)
-                    self.velocity[i] = engine.velocity_from_host(v, p.data, p.pattern)
+                    self.velocity[i] = engine.velocity_from_host(masked(v, p.mask), p.data, p.pattern)
                 self.masks[i] = p.mask
 
     def step(self):
         self.follow_masks()
         params = [(p.data, p.grad, p.mask, p.pattern) for p in self.params]
-        self.velocity = engine.sgd(params, self.velocity, self.rate, self.momentum, self.weight_decay, self.nesterov)
+        with np.errstate(under="ignore"):  # of velocities that fade away
+            self.velocity = engine.sgd(params, self.velocity, self.rate, self.momentum, self.weight_decay,
+                                       self.nesterov)
         changed([p for p in self.params if p.grad is not None])
 
     def zero_grad(self):
@@ -1106,7 +1141,7 @@ class SGD:
         if not isinstance(state, dict):
             raise TypeError(f"a state is a dict of arrays, as state_dict() returns it, not {type(state).__name__}")
         parameters = {f"velocity.{i}": p for i, p in enumerate(self.params)}
-        wrong = [f"{name} is unexpected" for name in state if name.removesuffix(".mask") not in parameters]
+        wrong = [f"{name} is unexpected" for name in state if str(name).removesuffix(".mask") not in parameters]
         for name, p in parameters.items():
             value, mask = np.asarray(state.get(name, np.zeros(p.size))), state.get(f"{name}.mask")
             if not is_number(value):
@@ -1118,9 +1153,13 @@ class SGD:
                 wrong.append(f"{name} belongs to another mask: load the network first")
         if wrong:
             raise ValueError("this state does not fit the optimiser: " + "; ".join(wrong))
+        engine.moved += 1
         self.masks = [p.mask for p in self.params]
-        self.velocity = [engine.velocity_from_host(spread(state[name], p.size, p.mask), p.data, p.pattern)
-                         if name in state else self.at_rest(p) for name, p in parameters.items()]
+        self.velocity = [self.at_rest(p) for p in self.params]
+        for i, (name, p) in enumerate(parameters.items()):
+            if name in state:
+                v = masked(spread(state[name], p.size, p.mask), p.mask)
+                self.velocity[i] = engine.velocity_from_host(v, p.data, p.pattern)
 
 
 def checksum(mask):
@@ -1135,6 +1174,11 @@ def spread(values, size, mask):
         out = np.zeros(size, out.dtype)
         out[np.flatnonzero(to_host(mask))] = values
     return out
+
+
+def masked(values, mask):
+    """Values of all entries, (size,), zero where the mask is False."""
+    return values if mask is None else np.where(to_host(mask).reshape(-1), values, np.zeros((), values.dtype))
 
 
 # Schedules: the learning rate of an epoch, counted from 0. They keep no state, so a resumed run needs none.

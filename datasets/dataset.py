@@ -48,8 +48,8 @@ class Dataset:
 
     def __post_init__(self):
         if not self.digest and isinstance(self.train, Arrays) and isinstance(self.test, Arrays):
-            halves = self.train, self.test
-            object.__setattr__(self, "digest", digest_of(*(a for half in halves for a in (half.images, half.labels))))
+            arrays = [array for half in (self.train, self.test) for array in (half.images, np.int64(half.labels))]
+            object.__setattr__(self, "digest", digest_of(*arrays))
 
     shape = property(lambda self: self.train.shape)  # (C, H, W)
     train_labels = property(lambda self: self.train.labels)
@@ -162,7 +162,7 @@ class Arrays:
 def digest_of(*arrays):
     """64 hex digits: the SHA-256 of the types, shapes and entries of these arrays, the same on every machine."""
     sha = hashlib.sha256()
-    for array in arrays:
+    for array in map(np.asarray, arrays):
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         sha.update(f"{array.dtype.str}{array.shape}".encode())
         sha.update(array)

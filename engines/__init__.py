@@ -2,6 +2,7 @@
 
     name, xp, to_host(array), synchronize(), memory(), versions()       "cpu" or "gpu"; numpy or cupy; for records
     parameter(array), pattern(mask)        a parameter as it is stored; what the engine knows of a mask, or None
+    moved                                  how often parameters or masks got another array, for what knows addresses
     masked(g, mask, pattern, shape)        a masked parameter's gradient as .grad keeps it
     add(x, y)                              the sum of two gradients of one shape
     linear, linear_gradients               x w^T + b
@@ -27,17 +28,24 @@ class EngineError(RuntimeError):
 
 def whole(value, what, least=0):
     """value as an int; ValueError, which names it, unless it is a whole number of at least `least`."""
-    if not isinstance(value, Real) or not least <= value < math.inf or value != int(value):
+    number = plain(value)
+    if not isinstance(number, Real) or not least <= number < math.inf or number != int(number):
         raise ValueError(f"{what} is a whole number of at least {least}, not {value!r}")
-    return int(value)
+    return int(number)
 
 
 def real(value, what, positive=False, most=math.inf):
     """value as a float; ValueError, which names it, unless it is a finite number of at least 0, or more, up to most."""
-    if not isinstance(value, Real) or not 0 <= value <= most or value == math.inf or positive and value == 0:
+    number = plain(value)
+    if not isinstance(number, Real) or not 0 <= number <= most or number == math.inf or positive and number == 0:
         limits = ("above 0" if positive else "of at least 0") + f" and at most {most}" * (most < math.inf)
         raise ValueError(f"{what} is a number {limits}, not {value!r}")
-    return float(value)
+    return float(number)
+
+
+def plain(value):
+    """A number of NumPy, or an array of one without axes, as a Python number; what is neither as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def listed(values, what):

@@ -32,14 +32,16 @@ class Pattern:
         self.kept = self.positions if density < SPARSE_GRADIENT else None
 
     def matrix(self, w):
-        if self.csr is None:
+        csr = self.csr
+        if csr is None:
             from scipy.sparse import csr_array
 
             rows, columns = np.divmod(self.positions, self.shape[1])
             starts = np.searchsorted(rows, np.arange(self.shape[0] + 1))
-            self.csr = csr_array((np.zeros(len(rows), w.dtype), columns, starts), self.shape)
-        gather(w.reshape(-1), self.positions, out=self.csr.data)
-        return self.csr
+            csr = csr_array((np.zeros(len(rows), w.dtype), columns, starts), self.shape)
+        gather(w.reshape(-1), self.positions, out=csr.data)
+        self.csr = csr  # not before it is filled: another thread may want it
+        return csr
 
 
 def kept(pattern):
@@ -50,7 +52,7 @@ def kept(pattern):
 class Engine:
     """All functions take and return NumPy arrays."""
 
-    name, xp = "cpu", np
+    name, xp, moved = "cpu", np, 0
 
     def __init__(self):
         self.blas = contextlib.nullcontext()  # what the products of linear layers are done in
@@ -87,7 +89,8 @@ class Engine:
     def masked(self, g, mask, pattern, shape):
         """The gradient of a masked parameter of this shape, zero where masked; g may be of the kept entries alone."""
         if pattern is None or pattern.kept is None:
-            g *= mask
+            bits = g.view(f"i{g.itemsize}")  # and all of -1 or none of 0: unlike g * mask, inf and NaN become zero too
+            np.bitwise_and(bits, -mask.view(np.int8), out=bits)
             return g
         out = np.zeros(shape, g.dtype)
         out.reshape(-1)[pattern.kept] = g if g.shape == pattern.kept.shape else g.reshape(-1)[pattern.kept]

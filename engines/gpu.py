@@ -104,7 +104,7 @@ class Engine:
         self.stream.__enter__()  # for good: what use() sets, CuPy forgets in get() of an array in NHWC
         self.convolve = Convolutions(self.stream, precision == "fp32", deterministic, tune)
         self.functions, self.pool = weakref.WeakSet(), None  # compiled functions, and where their arrays lie
-        self.images_in, self.labels_in = None, None
+        self.images_in, self.labels_in, self.moved = None, None, 0
 
     def to_host(self, array):
         return array if isinstance(array, np.ndarray) else array.get()
@@ -460,10 +460,13 @@ class Compiled:
             cupy.get_default_memory_pool().free_all_blocks()
             engine.pool = cupy.cuda.MemoryPool(fresh)
         self.engine, self.function, self.pool = engine, function, engine.pool
+        self.moved = engine.moved
         self.calls = {}  # address, shape ...: how many calls there were, the graph, what it returns
         engine.functions.add(self)
 
     def __call__(self, *arrays):
+        if self.moved != self.engine.moved:  # graphs would go on with the arrays of before
+            self.calls, self.moved = {}, self.engine.moved
         key = tuple((a.data.ptr, a.shape, a.strides, a.dtype) for a in arrays)
         count, graph, returned = self.calls.get(key, (0, None, None))
         if graph is None:

@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 import nn
+from engines import listed
 from lab.figures import plot
 from lab.files import FileFault, without_downloads
 from lab.processes import Alone, world
@@ -303,7 +304,9 @@ def main(experiment, argv=None):
     """
     if not isinstance(experiment, Experiment):
         raise TypeError(f"main takes a script's EXPERIMENT, not {experiment!r:.60}")
-    argv = sys.argv[1:] if argv is None else shlex.split(argv) if isinstance(argv, str) else [str(w) for w in argv]
+    if isinstance(argv, str):
+        argv = shlex.split(argv)  # ValueError for a quotation without an end
+    argv = sys.argv[1:] if argv is None else [str(word) for word in listed(argv, "argv")]
     with screens(), np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):  # NumPy's own
         return command(experiment, argv)
 

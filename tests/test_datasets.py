@@ -789,6 +789,9 @@ def test_a_data_set_of_ones_own_knows_its_data():
     b.train.images[3, 0, 1, 2] ^= 1
     assert Dataset("marked", 250, b.train, b.test).digest != a.digest
     assert Dataset("mine", 250, a.train, a.test, "of my own").digest == "of my own"
+    lists = [Arrays(half.images.tolist(), half.labels.astype(np.uint8).tolist()) for half in (a.train, a.test)]
+    half = Arrays(a.train.images, a.train.labels.astype(np.uint8))
+    assert Dataset("marked", 250, half, a.test).digest == a.digest and len(Dataset("lists", 250, *lists).digest) == 64
 
 
 @pytest.mark.parametrize("arguments, says", [

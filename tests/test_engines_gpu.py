@@ -661,6 +661,34 @@ def test_a_graph_is_of_one_address_shape_and_type(engine):
     assert nn.to_host(function(x)).tolist() == [2, 4, 6, 8, 10, 12] and len(calls) == 18
 
 
+@pytest.mark.parametrize("capture", [True, False])
+def test_captured_steps_notice_other_masks_data_and_states(engine, capture):
+    """What is assigned lies elsewhere in memory, where a graph would not look."""
+    engine(precision="fp32", capture=capture)
+    p = nn.Parameter(nn.xp.ones((4, 5), np.float32))
+    optimizer = nn.SGD([p], lr=0.5, momentum=0.5)
+    state, x = optimizer.state_dict(), nn.xp.ones((2, 5), np.float32)
+
+    @nn.compiled
+    def step(x):
+        nn.linear(x, p).sum().backward()  # of every weight 2
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def steps(n):
+        for _ in range(n):
+            step(x)
+        return nn.to_host(p.data)
+
+    assert (steps(4) == 1 - (1 + 1.5 + 1.75 + 1.875)).all()
+    p.data = np.ones((4, 5))
+    optimizer.load_state_dict(state)
+    assert (steps(4) == 1 - (1 + 1.5 + 1.75 + 1.875)).all()
+    p.data, p.mask = np.ones((4, 5)), np.eye(4, 5, dtype=bool)
+    optimizer.load_state_dict(state)
+    assert (steps(4) == np.eye(4, 5) * (1 - (1 + 1.5 + 1.75 + 1.875))).all()
+
+
 def test_a_capture_that_fails_leaves_the_stream_usable(engine):
     gpu = engine()
     total, calls = nn.xp.zeros(3, np.float32), []

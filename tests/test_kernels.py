@@ -1,6 +1,7 @@
 """kernels.py: the dense kernel against mpmath, the sparse one against sums over all masks, samples and networks."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -403,14 +404,39 @@ def test_inputs_are_real_numbers(function):
 def test_a_program_that_makes_numpy_raise():
     """What underflows on the way is of no weight in the result."""
     x, y = np.random.default_rng(20).standard_normal((2, 3, 30))
+    small = np.array([[1, 1e-100], [1e-200, 1]])
     for f in (lambda: sparse_moments(x, y, 0.3), lambda: sparse_moments(x, y, 1e-3), lambda: sparse_moments(x, y, 1.0),
               lambda: sparse_moments(x[:, :9], y[:, :9], 0.3), lambda: sparse_moments(0 * x, y, 0.3),
-              lambda: kernels.series_moments(x, y, 0.3), lambda: kernels.infinite_kernel(x, y),
+              lambda: kernels.series_moments(small, small, 0.3), lambda: kernels.infinite_kernel(small, small),
+              lambda: kernels.measured_kernel(small, None, 4, 0.3, np.random.default_rng(0)),
+              lambda: kernels.kernel_distance(small, small[::-1], 9, 0.3),
               lambda: kernels.kernel_distance(x, y, 9, 0.3), lambda: kernels.optimal_width(x, y, 300),
               lambda: sparse_moments(x, y, 0.3, "sample", masks=100, rng=np.random.default_rng(0))):
         want = f()
         with np.errstate(all="raise"):
             np.testing.assert_array_equal(f(), want)
+
+
+@pytest.mark.parametrize("mistake, error, sentence", [
+    (lambda G, L: kernels.gp_predict(G, L, G, rng=0), ValueError, "gp_predict needs rng, a NumPy generator"),
+    *((lambda G, L, h=h: kernels.gp_predict(G, L, G, held_out=h), ValueError, "held_out is a number of at least 0")
+      for h in (None, "0.2", [0.2], np.nan)),
+    (lambda G, L: kernels.gp_predict(G, ["a", "b"] * 3, G), ValueError, "labels are integers from 0"),
+    (lambda G, L: kernels.gp_predict(G * 1j, L, G), TypeError, "matrices of real numbers"),
+    (lambda G, L: kernels.relu_moment(1.0, 1.0, 0.5j, 1), TypeError, "real numbers, not complex ones"),
+    (lambda G, L: kernels.kernel_distance(G[:3], G[:2], 9, 0.3), ValueError, r"\(3, 6\) and \(2, 6\); for all pairs"),
+    *((lambda G, L, n=n: kernels.kernel_distance_formula(n, 0.5, 30), ValueError, "width and d are positive numbers")
+      for n in (10 + 1j, None, [10, -1], "10"))])
+def test_what_kernels_are_not_made_of(mistake, error, sentence):
+    with pytest.raises(error, match=sentence):
+        mistake(np.eye(6) + 0.5, [0, 1, 0, 1, 1, 0])
+
+
+def test_a_warning_names_the_line_of_the_user():
+    x = np.random.default_rng(0).standard_normal(40)
+    with pytest.warns(RuntimeWarning, match="did not reach") as warned:
+        sparse_moments(x, -x + 1e-4, 0.1)
+    assert [Path(w.filename).name for w in warned] == ["test_kernels.py"]
 
 
 def test_numbers_instead_of_lists_are_told_in_one_sentence():
@@ -454,6 +480,12 @@ def test_numbers_of_all_kinds_are_as_good_as_python_floats():
                 for n, p in ((width, density), (20.0, float(density)))]
     np.testing.assert_array_equal(*measured)
     assert labelled([0, 1, 1, 0]).scores.dtype == np.float64
+    formula = kernels.kernel_distance_formula
+    assert formula(np.uint8(100), 0.5, np.int16(10000)) == formula([100], [0.5], 10000)[0] == formula(100, 0.5, 1e4)
+    np.testing.assert_array_equal(kernels.kernel_distance(x, y, np.array(9), np.array(0.2)),
+                                  kernels.kernel_distance(x, y, 9, 0.2))
+    G = np.eye(3) + 0.5
+    assert kernels.gp_predict(G, np.uint8([0, 255, 0]), G, held_out=0.4).scores.shape == (3, 256)
     whole = kernels.gp_predict(np.eye(4, dtype=int), [0, 1, 1, 0], np.eye(4, dtype=int), held_out=0.5)
     np.testing.assert_allclose(whole.scores, labelled([0, 1, 1, 0]).scores)
 
