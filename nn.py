@@ -627,7 +627,8 @@ def global_avg_pool(x):
 class Parameter(Tensor):
     """A Tensor that is trained, with an optional mask. Its data are a copy of those given.
 
-    data, grad, mask: may be assigned (p.data = array, p.data += noise); they become copies in data's dtype.
+    data, grad, mask: may be assigned (p.data = array, p.data += noise); they become copies. An array of another floating
+        dtype gives the parameter that dtype.
     mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero, whatever is
         assigned. Only what is written into these arrays in place, as by p.data[0] = 1, passes by unseen.
     density: the fraction of entries that are kept, 1 without a mask.
@@ -647,11 +648,12 @@ class Parameter(Tensor):
         if name == "mask":
             return self.set_mask(value)
         if name == "data" and hasattr(self, "density") or name == "grad" and value is not None:
-            value, given = floats(value, self.dtype), value
+            given, own = value, getattr(value, "dtype", None)
+            value = floats(value, own if name == "data" and own is not None and is_floating(own) else self.dtype)
             if value.shape != self.shape:
                 raise ValueError(f"{name} of shape {value.shape} is assigned to a parameter of shape {self.shape}")
             if self.mask is not None:
-                value = xp.where(self.mask, value, xp.zeros((), self.dtype))
+                value = xp.where(self.mask, value, xp.zeros((), value.dtype))
             elif given is not getattr(self, name):  # else p.data += x has changed it in place
                 value = value.copy()
             value = engine.parameter(value)

@@ -518,7 +518,7 @@ def test_gradients_of_a_network(engine, monkeypatch, precision, relu):
     assert of_gradient < bounds[0 if relu else 1] and of_loss < bound_loss
 
 
-def five_steps(seed=1):
+def steps(seed=1, count=5):
     """(model, optimizer, loss and correct answers of each step) where nn computes"""
     model, optimizer = network()
     x, labels = map(nn.xp.asarray, photographs(seed))
@@ -531,23 +531,23 @@ def five_steps(seed=1):
         optimizer.zero_grad()
         return sums
 
-    return model, optimizer, [nn.to_host(step(x, labels)).tolist() for _ in range(5)]
+    return model, optimizer, [nn.to_host(step(x, labels)).tolist() for _ in range(count)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.proof)])
 def test_masked_weights_stay_zero_and_steps_repeat(engine, precision):
     """with graphs and without, to the same bits; and the losses are the CPU's, until a ReLU differs"""
-    cpu = [five_steps(seed)[2] for seed in SEEDS]
+    cpu = [steps(seed, 3)[2] for seed in SEEDS]
     runs = []
     for capture in (True, False):
         engine(precision=precision, capture=capture)
-        model, optimizer, sums = five_steps()
+        model, optimizer, sums = steps()
         runs.append((sums, model.state_dict() | optimizer.state_dict()))
     (before, state), (sums, again) = runs
     assert before == sums and all(same_bits(a, again[name]) for name, a in state.items())
-    errors = [np.abs(np.array(five_steps(seed)[2])[:, 0] / np.array(want)[:, 0] - 1) for seed, want in zip(SEEDS, cpu)]
+    errors = [np.abs(np.array(steps(seed, 3)[2])[:, 0] / np.array(want)[:, 0] - 1) for seed, want in zip(SEEDS, cpu)]
     bound = {"fp32": 1e-6, "bf16": 0.04}[precision]  # of the first three losses, from 42 to 32; measured: 9e-8, 0.013
-    assert np.median(errors, axis=0)[:3].max() < bound
+    assert np.median(errors, axis=0).max() < bound
     masks = {name: a for name, a in state.items() if name.endswith(".mask")}
     assert masks and nn.weight_count(model) == nn.weight_count(resnet.ResNet18(2))
     for name, mask in masks.items():
@@ -675,18 +675,18 @@ def test_captured_steps_notice_other_masks_data_and_states(engine, capture):
         optimizer.step()
         optimizer.zero_grad()
 
-    def steps(n):
+    def after(n):
         for _ in range(n):
             step(x)
         return nn.to_host(p.data)
 
-    assert (steps(4) == 1 - (1 + 1.5 + 1.75 + 1.875)).all()
-    p.data = np.ones((4, 5))
+    assert (after(4) == 1 - (1 + 1.5 + 1.75 + 1.875)).all()
+    p.data = nn.xp.ones((4, 5), np.float32)
     optimizer.load_state_dict(state)
-    assert (steps(4) == 1 - (1 + 1.5 + 1.75 + 1.875)).all()
-    p.data, p.mask = np.ones((4, 5)), np.eye(4, 5, dtype=bool)
+    assert (after(4) == 1 - (1 + 1.5 + 1.75 + 1.875)).all()
+    p.data, p.mask = nn.xp.ones((4, 5), np.float32), np.eye(4, 5, dtype=bool)
     optimizer.load_state_dict(state)
-    assert (steps(4) == np.eye(4, 5) * (1 - (1 + 1.5 + 1.75 + 1.875))).all()
+    assert (after(4) == np.eye(4, 5) * (1 - (1 + 1.5 + 1.75 + 1.875))).all()
 
 
 def test_a_capture_that_fails_leaves_the_stream_usable(engine):

@@ -166,7 +166,7 @@ def test_a_run_cut_at_any_checkpoint_goes_on_as_if_uncut(tmp_path, monkeypatch):
 
 def test_a_command_that_is_told_to_stop_goes_on_bit_for_bit(tmp_path):
     words = [sys.executable, str(ROOT / "exp_mlp_mnist.py"), "--data=synthetic", f"--data-dir={tmp_path}", "--width=12",
-             "--epochs=120", "--limit=2000", "--save-every=0.05"]
+             "--epochs=60", "--limit=2000", "--save-every=0.05"]
 
     def saved():
         return [path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("checkpoint.npz")]

@@ -987,8 +987,9 @@ def test_numbers_of_arrays_and_text():
     assert nn.SGD(mlp(3, 2).parameters(), np.array(0.5)).lr == 0.5
     assert nn.allocate([np.array(3), 4], np.int64(5)) == [2, 3]
     p = nn.Parameter(np.float32([1, 2]))
-    p.data, p.grad = np.array([3, 4]), [True, False]
-    assert (p.data.dtype, p.grad.dtype, p.data.tolist(), p.grad.tolist()) == (np.float32, np.float32, [3, 4], [1, 0])
+    for data, dtype in ((np.array([3, 4]), np.float32), ([3, 4], np.float32), (np.array([3.0, 4]), np.float64)):
+        p.data, p.grad = data, [True, False]
+        assert (p.data.dtype, p.grad.dtype, p.data.tolist(), p.grad.tolist()) == (dtype, dtype, [3, 4], [1, 0])
 
 
 def test_a_parameter_is_a_copy_and_may_be_a_number():

@@ -250,6 +250,7 @@ def test_ten_steps_are_those_of_one_process(tmp_path, ranks, alone):
 
 @with_mpi
 @pytest.mark.skipif(simulated_gpu.available() is not None, reason=f"no simulated GPU: {simulated_gpu.available()}")
+@pytest.mark.proof
 def test_ranks_on_gpus(tmp_path):
     words = dict(width=3, base_width=2, epochs=2, limit=76, batch=16, lr=1e-3)
     ended(2, "resnet", *flags(tmp_path / "cpu", **words))
@@ -409,6 +410,7 @@ def test_a_waiting_rank_does_not_end_the_others(tmp_path):
 
 
 @with_mpi
+@pytest.mark.proof
 def test_a_sweep_is_shared_and_a_failed_run_is_recorded(tmp_path):
     words = ["--sweep=width", *flags(tmp_path, epochs=1, limit=100, seeds=1)]
     out, errors = ended(3, "raises", "build", *words, expect=1)
