@@ -708,7 +708,7 @@ def changed(parameters):
     global clock
     clock += 1
     for p in parameters:
-        p.time = clock
+        put(p, "time", clock)
 
 
 def inside(collection, prefix="", around=()):
@@ -1121,7 +1121,7 @@ class SGD:
 
     def zero_grad(self):
         for p in self.params:
-            p.grad = None
+            put(p, "grad", None)
 
     def state_dict(self):
         """{"velocity.0": array of one axis, ...} of the parameters that have one; where it is of the kept entries

@@ -149,10 +149,9 @@ class Engine:
     def cross_entropy_gradient(self, g, saved):
         """dlogits = g (softmax(logits) - onehot(label)) / N"""
         p, total, labels, columns = saved
-        with np.errstate(under="ignore"):
-            dz = p / total
-            dz[labels, columns] -= 1
-            dz *= g / len(labels)
+        dz = p / total
+        dz[labels, columns] -= 1
+        dz *= g / len(labels)
         return dz.T
 
     # ---- images
