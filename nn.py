@@ -663,9 +663,10 @@ class Parameter(Tensor):
         put(self, name, value)
 
     def __setstate__(self, state):
-        """Of copy and pickle."""
+        """Of copy and pickle, perhaps of another process, whose clock was another."""
         for name, value in state[1].items():
             put(self, name, value)
+        changed([self])
 
     def set_mask(self, mask):
         """Take this mask (None: dense) and zero the masked entries, of the gradient too; an optimiser follows it at its

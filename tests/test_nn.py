@@ -932,9 +932,12 @@ def test_networks_can_be_copied():
     """By copy and pickle: to average weights, keep the best, or hand them to a process."""
     net, x = mlp(20, 30, 4), np.ones((3, 20), np.float32)
     nn.sparsify(net, 60, seed=0)
+    for p in net.parameters():
+        p.time = nn.clock + 1000  # as in a process that has trained for longer
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         out = other(x)
         np.testing.assert_array_equal(out.data, net(x).data)
+        nn.Parameter([1.0]).set_mask(None)  # the clock goes on
         out.sum().backward()
         nn.SGD(other.parameters(), 0.1).step()
         assert nn.weight_count(other) == 60 == sum(np.count_nonzero(p.data) for p in other.parameters()[::2])
