@@ -49,6 +49,17 @@ def check_density(density):
     return real(density, "density", positive=True, most=1)
 
 
+def check_real(what, *arrays):
+    """Raise TypeError unless arrays are of real numbers; what: how the sentence begins, "X and Y are matrices"."""
+    if not {a.dtype.kind for a in arrays} <= set("biuf"):
+        raise TypeError(f"{what} of real numbers, not of {' and '.join(str(a.dtype) for a in arrays)}")
+
+
+def check_finite(what, *arrays):
+    if not all(array_module(a).isfinite(a).all() for a in arrays):
+        raise ValueError(f"{what} of finite numbers, without NaN and infinity")
+
+
 def check_rng(rng, who):
     if not hasattr(rng, "standard_normal"):
         raise ValueError(f"{who} needs rng, a NumPy generator such as numpy.random.default_rng(0)")
@@ -61,10 +72,8 @@ def matrices(X, Y):
     Y = X if Y is None else xp.asarray(Y)
     if X.ndim != 2 or Y.ndim != 2 or X.shape[1] != Y.shape[1] or not X.shape[1]:
         raise ValueError(f"X and Y are matrices with the same number of columns, not {X.shape} and {Y.shape}")
-    if not {X.dtype.kind, Y.dtype.kind} <= set("biuf"):
-        raise TypeError(f"X and Y are matrices of real numbers, not of {X.dtype} and {Y.dtype}")
-    if not (xp.isfinite(X).all() and xp.isfinite(Y).all()):
-        raise ValueError("X and Y are matrices of finite numbers, without NaN and infinity")
+    check_real("X and Y are matrices", X, Y)
+    check_finite("X and Y are matrices", X, Y)
     dtype = np.result_type(X.dtype, Y.dtype, np.float32)
     return xp, X.astype(dtype, copy=False), Y.astype(dtype, copy=False)
 
@@ -75,11 +84,9 @@ def pairs(x, y):
     x, y = xp.asarray(x), xp.asarray(y)
     if not x.ndim or not y.ndim or x.shape[-1] != y.shape[-1] or not x.shape[-1]:
         raise ValueError(f"x and y are arrays (..., d) of the same d, not {x.shape} and {y.shape}")
-    if not {x.dtype.kind, y.dtype.kind} <= set("biuf"):
-        raise TypeError(f"x and y are arrays of real numbers, not of {x.dtype} and {y.dtype}")
+    check_real("x and y are arrays", x, y)
     x, y = x.astype(np.float64, copy=False), y.astype(np.float64, copy=False)
-    if not (xp.isfinite(x).all() and xp.isfinite(y).all()):
-        raise ValueError("x and y are arrays of finite numbers, without NaN and infinity")
+    check_finite("x and y are arrays", x, y)
     if any(n != m and 1 not in (n, m) for n, m in zip(x.shape[-2::-1], y.shape[-2::-1])):
         raise ValueError(f"x and y are pairs (..., d) whose leading axes broadcast, not {x.shape} and {y.shape}; for "
                          "all pairs of rows take x[:, None] and y")
@@ -229,7 +236,8 @@ def sparse_moments(x, y, density, method="exact", rtol=1e-6, masks=10_000, rng=N
     (x, a), (y, b) = scaled(x), scaled(y)
     with np.errstate(under="ignore"):  # of exponentials that do not count, whatever the program does about it elsewhere
         moments = unit_moments(*xp.broadcast_arrays(x, y), density, method, rtol, masks, rng)
-        return tuple(xp.ldexp(z, e) for z, e in zip(moments, (a + b, 2 * (a + b)) * 2))
+        powers = a + b, 2 * (a + b), a + b, 2 * (a + b)  # of two, of Kp_1 and Kp_2 and of their standard errors
+        return tuple(xp.ldexp(z, e) for z, e in zip(moments, powers))
 
 
 def unit_moments(x, y, density, method, rtol, masks, rng):
@@ -672,8 +680,7 @@ def gp_predict(kernel, labels, cross, noises=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), held
     from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
     kernel, labels, cross = (to_host(z) for z in (kernel, labels, cross))
-    if not {kernel.dtype.kind, cross.dtype.kind} <= set("biuf"):
-        raise TypeError(f"kernel and cross are matrices of real numbers, not of {kernel.dtype} and {cross.dtype}")
+    check_real("kernel and cross are matrices", kernel, cross)
     kernel, held_out = kernel.astype(np.result_type(kernel, np.float32), copy=False), real(held_out, "held_out")
     if rng is not None:
         check_rng(rng, "gp_predict")
@@ -689,8 +696,7 @@ def gp_predict(kernel, labels, cross, noises=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), held
                          f"not {kernel.shape} and {cross.shape}")
     if not 0 < round(held_out * N) < N:
         raise ValueError(f"held_out is a fraction that leaves some of the {N} examples on both sides, not {held_out!r}")
-    if not (np.isfinite(kernel).all() and np.isfinite(cross).all()):
-        raise ValueError("kernel and cross are matrices of finite numbers, without NaN and infinity")
+    check_finite("kernel and cross are matrices", kernel, cross)
     if abs(kernel - kernel.T).max() > 1e-3 * abs(kernel).max():
         raise ValueError("the kernel between training inputs is a symmetric matrix, and this one is not")
     target = np.eye(labels.max() + 1, dtype=kernel.dtype)[labels]  # (N, classes)

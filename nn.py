@@ -12,16 +12,14 @@ order: the engine, Tensor, operations, layers, masks (Appendix B of the paper), 
 """
 
 import math
-import threading
 import zlib
 from builtins import sum as total
-from contextlib import contextmanager
 from numbers import Real
 
 import numpy as np
 
 import engines.cpu
-from engines import EngineError, listed, output_size, pool_size, real, whole
+from engines import EngineError, Mode, listed, output_size, pool_size, real, whole
 
 # ---------------------------------------------------------------------------------------------- the engine
 
@@ -91,14 +89,12 @@ def generator(seed, *key):
 # ---------------------------------------------------------------------------------------------- Tensor
 
 
-class Mode(threading.local):
-    """What holds for a thread."""
-
+class Recording(Mode):
     recording = True  # False inside no_grad()
     drawing = True  # False inside skip_init()
 
 
-mode = Mode()
+mode = Recording()
 put = object.__setattr__  # sets an attribute and does nothing else
 clock = 0  # counts changes of parameters in place
 
@@ -157,6 +153,7 @@ class Tensor:
     def item(self):
         return self.data.item()
 
+    @np.errstate(under="ignore")  # whatever the program does about it elsewhere
     def backward(self, grad=None):
         """Add d(self)/d(leaf) to .grad of every leaf that requires it; grad, of self's shape, is 1 for one number.
 
@@ -177,11 +174,6 @@ class Tensor:
                              f"not {grad.shape}")
         if self.vjp is None:
             return self.accumulate(grad.copy())
-        with np.errstate(under="ignore"):  # whatever the program does about it elsewhere
-            self.propagate(grad)
-
-    def propagate(self, grad):
-        """Add the gradients of all leaves, given this node's."""
         grads = {id(self): grad}
         order = topological_order(self)
         while order:
@@ -281,14 +273,9 @@ def topological_order(root):
     return order
 
 
-@contextmanager
 def no_grad():
     """Inside it operations keep nothing for a backward pass."""
-    before, mode.recording = mode.recording, False
-    try:
-        yield
-    finally:
-        mode.recording = before
+    return mode.being(recording=False)
 
 
 def result(data, parents, vjp):
@@ -627,8 +614,8 @@ def global_avg_pool(x):
 class Parameter(Tensor):
     """A Tensor that is trained, with an optional mask. Its data are a copy of those given.
 
-    data, grad, mask: may be assigned (p.data = array, p.data += noise); they become copies. An array of another floating
-        dtype gives the parameter that dtype.
+    data, grad, mask: may be assigned (p.data = array, p.data += noise); they become copies. Data of another floating
+        dtype give the parameter that dtype.
     mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero, whatever is
         assigned. Only what is written into these arrays in place, as by p.data[0] = 1, passes by unseen.
     density: the fraction of entries that are kept, 1 without a mask.
@@ -648,8 +635,10 @@ class Parameter(Tensor):
         if name == "mask":
             return self.set_mask(value)
         if name == "data" and hasattr(self, "density") or name == "grad" and value is not None:
-            given, own = value, getattr(value, "dtype", None)
-            value = floats(value, own if name == "data" and own is not None and is_floating(own) else self.dtype)
+            given, dtype = value, self.dtype
+            if name == "data" and hasattr(value, "dtype") and is_floating(value.dtype):
+                dtype = value.dtype
+            value = floats(value, dtype)
             if value.shape != self.shape:
                 raise ValueError(f"{name} of shape {value.shape} is assigned to a parameter of shape {self.shape}")
             if self.mask is not None:
@@ -723,6 +712,11 @@ def inside(collection, prefix="", around=()):
             yield f"{prefix}{name}", value
 
 
+def check_state(state):
+    if not isinstance(state, dict):
+        raise TypeError(f"a state is a dict of arrays, as state_dict() returns it, not {type(state).__name__}")
+
+
 class Module:
     """A network or a part of one. Its attributes are, in the order in which they were set:
     Parameters (trained), Modules (its parts) and arrays (saved with it, not trained), or lists or dicts of those.
@@ -790,8 +784,7 @@ class Module:
         Raises ValueError that names what is missing, what is unexpected and what has another shape; nothing
         is changed then. Masks are taken as they come: a network becomes as sparse as the one that was saved.
         """
-        if not isinstance(state, dict):
-            raise TypeError(f"a state is a dict of arrays, as state_dict() returns it, not {type(state).__name__}")
+        check_state(state)
         parameters = dict(self.named_parameters())
         targets = {name: p.data for name, p in parameters.items()} | dict(self.named_arrays(xp.ndarray))
         masks = {f"{name}.mask": p.data for name, p in parameters.items()}
@@ -842,14 +835,9 @@ class Layer(Module):
                 p.fill(rng.uniform(-bound, bound, p.shape))
 
 
-@contextmanager
 def skip_init():
     """Inside it layers are made without drawing their weights: to be counted, or drawn by sparsify or initialize."""
-    before, mode.drawing = mode.drawing, False
-    try:
-        yield
-    finally:
-        mode.drawing = before
+    return mode.being(drawing=False)
 
 
 class Linear(Layer):
@@ -1108,16 +1096,26 @@ class SGD:
         for i, p in enumerate(self.params):
             if p.mask is not self.masks[i]:
                 if self.velocity[i] is not None:
-                    v = spread(engine.velocity_to_host(self.velocity[i]), p.size, self.masks[i])
-                    self.velocity[i] = engine.velocity_from_host(masked(v, p.mask), p.data, p.pattern)
+                    self.take_velocity(i, engine.velocity_to_host(self.velocity[i]), self.masks[i])
                 self.masks[i] = p.mask
 
+    def take_velocity(self, i, values, mask):
+        """Let the velocity of parameter i be these values, of all its entries or of those alone that `mask` keeps, and
+        zero where its own mask is False.
+        """
+        p, v = self.params[i], np.array(values)
+        if v.size < p.size:
+            v = np.zeros(p.size, v.dtype)
+            v[np.flatnonzero(to_host(mask))] = values
+        if p.mask is not None:
+            v[~to_host(p.mask).reshape(-1)] = 0
+        self.velocity[i] = engine.velocity_from_host(v, p.data, p.pattern)
+
+    @np.errstate(under="ignore")  # of velocities that fade away
     def step(self):
         self.follow_masks()
         params = [(p.data, p.grad, p.mask, p.pattern) for p in self.params]
-        with np.errstate(under="ignore"):  # of velocities that fade away
-            self.velocity = engine.sgd(params, self.velocity, self.rate, self.momentum, self.weight_decay,
-                                       self.nesterov)
+        self.velocity = engine.sgd(params, self.velocity, self.rate, self.momentum, self.weight_decay, self.nesterov)
         changed([p for p in self.params if p.grad is not None])
 
     def zero_grad(self):
@@ -1141,8 +1139,7 @@ class SGD:
         """Take a state_dict() of an optimiser of the same network, which has to have its masks by then, on whichever
         device it was. Raises ValueError; nothing is changed then.
         """
-        if not isinstance(state, dict):
-            raise TypeError(f"a state is a dict of arrays, as state_dict() returns it, not {type(state).__name__}")
+        check_state(state)
         parameters = {f"velocity.{i}": p for i, p in enumerate(self.params)}
         wrong = [f"{name} is unexpected" for name in state if str(name).removesuffix(".mask") not in parameters]
         for name, p in parameters.items():
@@ -1161,27 +1158,12 @@ class SGD:
         self.velocity = [self.at_rest(p) for p in self.params]
         for i, (name, p) in enumerate(parameters.items()):
             if name in state:
-                v = masked(spread(state[name], p.size, p.mask), p.mask)
-                self.velocity[i] = engine.velocity_from_host(v, p.data, p.pattern)
+                self.take_velocity(i, state[name], p.mask)
 
 
 def checksum(mask):
     """A number that other masks hardly have."""
     return np.uint32(zlib.crc32(np.packbits(to_host(mask))))
-
-
-def spread(values, size, mask):
-    """(size,) of values that are of all entries, or of those alone that the mask keeps."""
-    out = np.array(values)
-    if out.size < size:
-        out = np.zeros(size, out.dtype)
-        out[np.flatnonzero(to_host(mask))] = values
-    return out
-
-
-def masked(values, mask):
-    """Values of all entries, (size,), zero where the mask is False."""
-    return values if mask is None else np.where(to_host(mask).reshape(-1), values, np.zeros((), values.dtype))
 
 
 # Schedules: the learning rate of an epoch, counted from 0. They keep no state, so a resumed run needs none.

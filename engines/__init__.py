@@ -19,6 +19,8 @@ Shapes, errors and formulas stand at the functions of cpu.Engine; gpu.Engine has
 """
 
 import math
+import threading
+from contextlib import contextmanager
 from numbers import Real
 
 
@@ -54,6 +56,19 @@ def listed(values, what):
         return list(None if isinstance(values, str) else values)
     except TypeError:
         raise TypeError(f"{what} is a list, not {str(values):.50}") from None
+
+
+class Mode(threading.local):
+    """Attributes that hold for a thread, and for a while: with mode.being(recording=False): ..."""
+
+    @contextmanager
+    def being(self, **attributes):
+        before = {name: getattr(self, name) for name in attributes}
+        vars(self).update(attributes)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
 
 def output_size(x, w, stride, padding):

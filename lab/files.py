@@ -13,30 +13,24 @@ import hashlib
 import io
 import json
 import os
-import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from engines import Mode
 
-class Mode(threading.local):
-    """What holds for a thread."""
 
+class Downloading(Mode):
     downloading = True  # False inside without_downloads()
 
 
-mode = Mode()
+mode = Downloading()
 
 
-@contextlib.contextmanager
 def without_downloads():
     """Inside it files that are absent stay absent."""
-    before, mode.downloading = mode.downloading, False
-    try:
-        yield
-    finally:
-        mode.downloading = before
+    return mode.being(downloading=False)
 
 
 class FileFault(Exception):
