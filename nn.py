@@ -105,21 +105,23 @@ class Tensor:
     data: the array, of a floating dtype, which is kept, not copied, and must not change before backward(); whole
         numbers, lists and Python's numbers become float32. Of a Tensor: its array, not its graph. Raises TypeError for
         what is no number.
-    grad: d(loss)/d(data) after backward(), an array of data's shape and dtype; only on leaves that require it.
+    grad: d(loss)/d(data) after backward(), an array of data's shape and dtype, on a GPU in bf16 of weights of
+        convolutions in bfloat16; only on leaves that require it.
     parents, vjp: the tensors it was computed from, and the vector-Jacobian product: the function that takes the
         gradient of the loss with respect to data to a tuple of gradients, one for each parent (None: that parent
         needs none); USED_UP after backward().
+    takes: how many gradients vjp takes at most, whose sum is the one that is meant.
     time: of the clock, when it was computed or, a parameter, last changed.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "parents", "vjp", "time")
+    __slots__ = ("data", "grad", "requires_grad", "parents", "vjp", "takes", "time")
     __array_ufunc__ = None  # array + Tensor is Tensor.__radd__, not an array of Tensors
 
     def __init__(self, data, requires_grad=False, dtype=None):
         if type(data) is not xp.ndarray or data.dtype.kind != "f" or dtype is not None:
             data = floats(data, dtype)
         self.data, self.grad, self.requires_grad = data, None, requires_grad
-        self.parents, self.vjp, self.time = (), None, clock
+        self.parents, self.vjp, self.takes, self.time = (), None, 1, clock
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -174,27 +176,35 @@ class Tensor:
                              f"not {grad.shape}")
         if self.vjp is None:
             return self.accumulate(grad.copy())
-        grads = {id(self): grad}
+        grads = {id(self): [grad]}  # of each node, those whose sum is its gradient
         order = topological_order(self)
         while order:
             node = order.pop()  # off the list, so that its data is freed once no other node needs it
             g = grads.pop(id(node))
-            for parent, dp in zip(node.parents, node.vjp(g)):
+            for parent, dp in zip(node.parents, node.vjp(*g)):
                 if dp is None or not parent.requires_grad:
                     continue
-                if dp.dtype is not parent.data.dtype:
-                    dp = dp.astype(parent.data.dtype, copy=False)
                 if parent.vjp is None:  # a leaf owns its gradient: copy what is a view or went through unchanged
-                    parent.accumulate(dp.copy() if dp is g or dp.base is not None else dp)
+                    parent.accumulate(dp.copy() if dp is g[0] or dp.base is not None else dp)
                     continue
                 assert dp.shape == parent.shape, f"gradient of shape {dp.shape} for data of shape {parent.shape}"
-                grads[id(parent)] = engine.add(grads[id(parent)], dp) if id(parent) in grads else dp
+                if dp.dtype is not parent.data.dtype:
+                    dp = dp.astype(parent.data.dtype, copy=False)
+                terms = grads.setdefault(id(parent), [])
+                terms.append(dp)
+                if len(terms) > parent.takes:
+                    terms[:2] = [engine.add(*terms[:2])]
             node.parents, node.vjp = (), USED_UP
 
     def accumulate(self, g):
-        """Add g, an array that nothing else holds, to .grad."""
+        """Add g, an array that nothing else holds, to .grad. The first may be of a type of fewer bits than data's."""
         assert g.shape == self.shape, f"gradient of shape {g.shape} for data of shape {self.shape}"
-        put(self, "grad", xp.asarray(g) if self.grad is None else engine.add(self.grad, g))
+        dtype = self.data.dtype
+        if self.grad is not None:
+            g = engine.add(self.grad.astype(dtype, copy=False), g.astype(dtype, copy=False))
+        elif g.dtype is not dtype and g.dtype.itemsize >= dtype.itemsize:
+            g = g.astype(dtype, copy=False)
+        put(self, "grad", xp.asarray(g))
 
     # Operators and methods; the operations themselves are the functions below.
     def __add__(self, other): return add(self, other)
@@ -278,11 +288,11 @@ def no_grad():
     return mode.being(recording=False)
 
 
-def result(data, parents, vjp):
+def result(data, parents, vjp, takes=1):
     """The Tensor that an operation returns; it remembers parents and vjp only if a gradient can flow."""
     out = Tensor(data)
     if mode.recording and any([p.requires_grad for p in parents]):
-        out.requires_grad, out.parents, out.vjp = True, parents, vjp
+        out.requires_grad, out.parents, out.vjp, out.takes = True, parents, vjp, takes
     return out
 
 
@@ -585,11 +595,11 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum=0.
                                    None if add is None else add.data, relu)
     positive = out if relu else None
 
-    def vjp(g):
+    def vjp(g, more=None):  # the second gradient, of a residual block's other branch, takes no pass of its own
         separate = add is not None and add.requires_grad
-        return engine.batch_norm_gradients(g, x.data, positive, weight.data, saved, training, separate)
+        return engine.batch_norm_gradients(g, x.data, positive, weight.data, saved, training, separate, more)
 
-    return result(out, (x, weight, bias) if add is None else (x, weight, bias, add), vjp)
+    return result(out, (x, weight, bias) if add is None else (x, weight, bias, add), vjp, takes=2)
 
 
 def max_pool2d(x, size, stride=None, padding=0):

@@ -352,10 +352,10 @@ def about(name, simulated):
 
         return dict(versions=f"PyTorch {torch.__version__}, its cuDNN {torch.backends.cudnn.version()}")
     xp = use_gpu(simulated)
-    import cudnn
-
     import nn
+    from engines.gpu_convolution import cudnn
 
+    cudnn = cudnn()  # which finds the libraries that it needs
     return dict(gpu=nn.engine.versions()["gpu"], versions=f"CuPy {xp.__version__}, cuDNN {cudnn.backend_version()} "
                 f"(frontend {cudnn.__version__}), CUDA {xp.cuda.runtime.runtimeGetVersion()}")
 

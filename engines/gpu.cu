@@ -49,6 +49,19 @@ template <typename T, int K> __device__ void reduce(T (&s)[K][256], int width)
     }
 }
 
+// Whether this is the last of `count` blocks to come here, all of which have to call it: what they wrote before can then
+// be read, with __ldcg. counter: zero, and zero again afterwards.
+__device__ __forceinline__ bool is_last(unsigned* counter, unsigned count)
+{
+    __shared__ int last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicInc(counter, count - 1) == count - 1;
+    __syncthreads();
+    if (last) __threadfence();
+    return last;
+}
+
 // ------------------------------------------------------------------------------------------------ batches
 
 // x[i] = scale crop(image) + shift, y[i] = label, of the samples order[first], order[first + 1], ... (order null:
@@ -94,19 +107,20 @@ extern "C" __global__ void to_images(const void* x, int wide, integer sn, intege
     }
 }
 
-// y (pixels, C) of REAL, from x (pixels, channels) of TYPE
-extern "C" __global__ void from_images(const TYPE* x, int C, int channels, integer count, REAL* y)
-{
-    EVERY(i, count) y[i] = get(x[(unsigned)i / C * (integer)channels + (unsigned)i % C]);
-}
-
 // ------------------------------------------------------------------------------------------------ BatchNorm
+// Sums over pixels are made by a grid of blocks: blockIdx.x says which channels, `lanes` (a power of two) packs of
+// them, blockIdx.y which part of the pixels. The last block of a column to end adds up what its parts gave, in their
+// order, and goes on from there: one launch instead of two.
 
-// sums (parts, 2, C) of this block's part, from what each thread has found for the pack of channels in its lane
-__device__ __forceinline__ void add_up(REAL (&s)[2 * V][256], const REAL* first, const REAL* second, int C, int lanes,
-    int lane, REAL* sums)
+#define CHANNELS (lanes * V)  // of a block: a power of two, at most 256
+
+// Puts two numbers for each channel of the pack in this thread's lane, which each thread has found in its pixels, as
+// their sums over the block into sums (parts, 2, C). Whether this block is the last of its column, by the counter of the
+// column.
+__device__ __forceinline__ bool add_up(REAL (&s)[2 * V][256], const REAL* first, const REAL* second, int C, int lanes,
+    REAL* sums, unsigned* counters)
 {
-    const int t = threadIdx.x;
+    const int t = threadIdx.x, lane = blockIdx.x * lanes + t;
     for (int v = 0; v < V; v++) s[v][t] = first[v], s[V + v][t] = second[v];
     __syncthreads();
     reduce(s, lanes);
@@ -115,84 +129,71 @@ __device__ __forceinline__ void add_up(REAL (&s)[2 * V][256], const REAL* first,
             sums[2 * blockIdx.y * C + lane * V + v] = s[v][t];
             sums[(2 * blockIdx.y + 1) * C + lane * V + v] = s[V + v][t];
         }
+    return is_last(&counters[blockIdx.x], gridDim.y);
 }
 
-// For each channel and each of gridDim.y parts of the pixels: the sums of x - near and of (x - near)^2, near being the
-// channel's first entry, so that nothing cancels. `lanes`, a power of two, packs of channels to a block.
-extern "C" __global__ __launch_bounds__(256) void channel_sums(const TYPE* x, integer M, int C, int lanes, REAL* sums)
-{
-    __shared__ REAL s[2 * V][256];
-    const int t = threadIdx.x, packs = C / V, lane = blockIdx.x * lanes + t % lanes, rows = 256 / lanes;
-    REAL first[V], second[V], near[V];
-    for (int v = 0; v < V; v++) first[v] = second[v] = near[v] = 0;
-    if (lane < packs) {
-        for (int v = 0; v < V; v++) near[v] = get(x[lane * V + v]);
-        for (integer i = blockIdx.y * rows + t / lanes; i < M; i += gridDim.y * rows) {
-            const Pack p = ((const Pack*)x)[i * packs + lane];
-            for (int v = 0; v < V; v++) {
-                const REAL d = get(p.at[v]) - near[v];
-                first[v] += d;
-                second[v] += d * d;
-            }
-        }
+// A sum to which numbers are added by Kahan's rule: what rounding took from the last is given back with the next. In
+// double it would be as exact, and many times slower on most cards.
+struct Sum {
+    REAL sum, lost;
+    __device__ __forceinline__ void add(REAL x)
+    {
+        const REAL y = x - lost, next = sum + y;
+        lost = next - sum - y;
+        sum = next;
     }
-    add_up(s, first, second, C, lanes, lane, sums);
-}
+    __device__ __forceinline__ double get() const { return (double)sum - lost; }
+};
 
-// The same for the gradient g behind the ReLU (0 where out = 0; out null: no ReLU): sums of g and of g (x - mean).
-extern "C" __global__ __launch_bounds__(256) void gradient_sums(const TYPE* g, const TYPE* x, const TYPE* out,
-    const REAL* mean, integer M, int C, int lanes, REAL* sums)
+// Adds up the sums of all parts: those of channel blockIdx.x CHANNELS + t are then in s[0][t] and s[1][t].
+__device__ __forceinline__ void over_parts(const REAL* sums, int C, int lanes, double (&s)[2][256])
 {
-    __shared__ REAL s[2 * V][256];
-    const int t = threadIdx.x, packs = C / V, lane = blockIdx.x * lanes + t % lanes, rows = 256 / lanes;
-    REAL first[V], second[V], middle[V];
-    for (int v = 0; v < V; v++) first[v] = second[v] = middle[v] = 0;
-    if (lane < packs) {
-        for (int v = 0; v < V; v++) middle[v] = mean[lane * V + v];
-        for (integer i = blockIdx.y * rows + t / lanes; i < M; i += gridDim.y * rows) {
-            const Pack pg = ((const Pack*)g)[i * packs + lane], px = ((const Pack*)x)[i * packs + lane];
-            const Pack po = out ? ((const Pack*)out)[i * packs + lane] : pg;
-            for (int v = 0; v < V; v++) {
-                const REAL value = !out || get(po.at[v]) > 0 ? get(pg.at[v]) : (REAL)0;
-                first[v] += value;
-                second[v] += value * (get(px.at[v]) - middle[v]);
-            }
-        }
-    }
-    add_up(s, first, second, C, lanes, lane, sums);
-}
-
-// What follows adds those sums up for CHANNELS channels a block, by 32 threads each: s[0], s[1] [thread] is what a
-// thread finds of the two sums of channel c.
-#define CHANNELS 8
-__device__ __forceinline__ void over_parts(const REAL* sums, int parts, int C, int c, double (&s)[2][256])
-{
-    double first = 0, second = 0;
-    if (c < C)
-        for (int i = threadIdx.x / CHANNELS; i < parts; i += 256 / CHANNELS) {
-            first += sums[2 * i * C + c];
-            second += sums[(2 * i + 1) * C + c];
-        }
-    s[0][threadIdx.x] = first, s[1][threadIdx.x] = second;
-}
-
-// saved (4, C): mean, 1 / deviation, and scale and shift of weight (x - mean) / deviation + bias, from the sums of
-// `parts` parts, the running estimates moving towards them; without sums (null) from the running estimates.
-extern "C" __global__ __launch_bounds__(256) void batch_statistics(const REAL* sums, int parts, const TYPE* x,
-    integer M, int C, const REAL* weight, const REAL* bias, REAL* running_mean, REAL* running_var, double momentum,
-    double eps, REAL* saved)
-{
-    __shared__ double s[2][256];
     const int t = threadIdx.x, c = blockIdx.x * CHANNELS + t % CHANNELS;
-    over_parts(sums, sums ? parts : 0, C, c, s);
+    Sum first = {0, 0}, second = {0, 0};
+    if (c < C)
+        for (int i = t / CHANNELS; i < gridDim.y; i += 256 / CHANNELS) {
+            first.add(__ldcg(&sums[2 * i * C + c]));
+            second.add(__ldcg(&sums[(2 * i + 1) * C + c]));
+        }
+    s[0][t] = first.get(), s[1][t] = second.get();
     __syncthreads();
     reduce(s, CHANNELS);
+}
+
+// saved (4, C): mean, 1 / deviation, and scale and shift of weight (x - mean) / deviation + bias for each channel of x;
+// the running estimates move towards them. If training, from the sums of x - near and of (x - near)^2, near being the
+// channel's first entry, so that nothing cancels; else from the running estimates, by one part of blocks.
+extern "C" __global__ __launch_bounds__(256) void batch_statistics(const TYPE* x, integer M, int C, int lanes,
+    int training, const REAL* weight, const REAL* bias, REAL* running_mean, REAL* running_var, double momentum,
+    double eps, REAL* sums, unsigned* counters, REAL* saved)
+{
+    __shared__ REAL s[2 * V][256];
+    __shared__ double total[2][256];
+    const int t = threadIdx.x, packs = C / V, lane = blockIdx.x * lanes + t % lanes, rows = 256 / lanes;
+    const int c = blockIdx.x * CHANNELS + t;  // of those that this thread finishes
+    if (training) {
+        REAL first[V], second[V], near[V];
+        for (int v = 0; v < V; v++) first[v] = second[v] = near[v] = 0;
+        if (lane < packs) {
+            for (int v = 0; v < V; v++) near[v] = get(x[lane * V + v]);
+            for (integer i = blockIdx.y * rows + t / lanes; i < M; i += gridDim.y * rows) {
+                const Pack p = ((const Pack*)x)[i * packs + lane];
+                for (int v = 0; v < V; v++) {
+                    const REAL d = get(p.at[v]) - near[v];
+                    first[v] += d;
+                    second[v] += d * d;
+                }
+            }
+        }
+        if (!add_up(s, first, second, C, lanes, sums, counters)) return;
+        over_parts(sums, C, lanes, total);
+    }
     if (t >= CHANNELS || c >= C) return;
     double mean = running_mean[c], var = running_var[c];
-    if (sums) {
-        const double d = s[0][t] / M;
+    if (training) {
+        const double d = total[0][t] / M;
         mean = get(x[c]) + d;
-        var = fmax(s[1][t] / M - d * d, 0.0);
+        var = fmax(total[1][t] / M - d * d, 0.0);
         running_mean[c] += momentum * (mean - running_mean[c]);
         running_var[c] += momentum * (var * M / (M - 1.0) - running_var[c]);
     }
@@ -220,41 +221,68 @@ extern "C" __global__ void normalize(const TYPE* x, const TYPE* add, const REAL*
     }
 }
 
-// dweight = sum g (x - mean) / deviation, dbias = sum g, and (3, C) a, b, c with dx = a g + b x + c:
-// dx = weight / deviation (g - dbias / M - xhat dweight / M); with constant statistics weight / deviation g.
-extern "C" __global__ __launch_bounds__(256) void gradient_statistics(const REAL* sums, int parts, integer M, int C,
-    const REAL* saved, int training, REAL* dweight, REAL* dbias, REAL* terms)
+// The gradient of a pack behind the ReLU, 0 where out = 0 (out null: no ReLU): g, or g + more unless more is null
+__device__ __forceinline__ void gradient(const TYPE* g, const TYPE* more, const TYPE* out, integer i, REAL (&value)[V])
 {
-    __shared__ double s[2][256];
-    const int t = threadIdx.x, c = blockIdx.x * CHANNELS + t % CHANNELS;
-    over_parts(sums, parts, C, c, s);
-    __syncthreads();
-    reduce(s, CHANNELS);
-    if (t >= CHANNELS || c >= C) return;
-    const double mean = saved[c], slope = saved[C + c], scale = saved[2 * C + c];
-    const double dw = s[1][t] * slope, b = training ? -scale * dw * slope / M : 0;
-    dweight[c] = dw;
-    dbias[c] = s[0][t];
-    terms[c] = scale;
-    terms[C + c] = b;
-    terms[2 * C + c] = training ? -scale * s[0][t] / M - b * mean : 0;
+    const Pack pg = ((const Pack*)g)[i], pm = more ? ((const Pack*)more)[i] : pg, po = out ? ((const Pack*)out)[i] : pg;
+    for (int v = 0; v < V; v++) {
+        value[v] = get(pg.at[v]);
+        if (more) value[v] += get(pm.at[v]);
+        if (out && !(get(po.at[v]) > 0)) value[v] = 0;
+    }
 }
 
-// dx = a g + b x + c with g behind the ReLU, which also goes to dadd unless that is null
-extern "C" __global__ void normalize_gradient(const TYPE* g, const TYPE* x, const TYPE* out, const REAL* terms, int C,
-    integer count, TYPE* dx, TYPE* dadd)
+// dweight = sum g (x - mean) / deviation, dbias = sum g, and terms (3, C) a, b, c with dx = a g + b x + c:
+// dx = weight / deviation (g - dbias / M - xhat dweight / M); with constant statistics weight / deviation g.
+extern "C" __global__ __launch_bounds__(256) void gradient_statistics(const TYPE* g, const TYPE* more, const TYPE* x,
+    const TYPE* out, integer M, int C, int lanes, int training, const REAL* saved, REAL* sums, unsigned* counters,
+    REAL* dweight, REAL* dbias, REAL* terms)
+{
+    __shared__ REAL s[2 * V][256];
+    __shared__ double total[2][256];
+    const int t = threadIdx.x, packs = C / V, lane = blockIdx.x * lanes + t % lanes, rows = 256 / lanes;
+    REAL first[V], second[V], middle[V], value[V];
+    for (int v = 0; v < V; v++) first[v] = second[v] = middle[v] = 0;
+    if (lane < packs) {
+        for (int v = 0; v < V; v++) middle[v] = saved[lane * V + v];
+        for (integer i = blockIdx.y * rows + t / lanes; i < M; i += gridDim.y * rows) {
+            const Pack p = ((const Pack*)x)[i * packs + lane];
+            gradient(g, more, out, i * packs + lane, value);
+            for (int v = 0; v < V; v++) {
+                first[v] += value[v];
+                second[v] += value[v] * (get(p.at[v]) - middle[v]);
+            }
+        }
+    }
+    if (!add_up(s, first, second, C, lanes, sums, counters)) return;
+    over_parts(sums, C, lanes, total);
+    const int c = blockIdx.x * CHANNELS + t;
+    if (t >= CHANNELS || c >= C) return;
+    const double mean = saved[c], slope = saved[C + c], scale = saved[2 * C + c];
+    const double dw = total[1][t] * slope, b = training ? -scale * dw * slope / M : 0;
+    dweight[c] = dw;
+    dbias[c] = total[0][t];
+    terms[c] = scale;
+    terms[C + c] = b;
+    terms[2 * C + c] = training ? -scale * total[0][t] / M - b * mean : 0;
+}
+
+// dx = a g + b x + c with the gradient behind the ReLU, which also goes to dadd unless that is null
+extern "C" __global__ void normalize_gradient(const TYPE* g, const TYPE* more, const TYPE* x, const TYPE* out,
+    const REAL* terms, int C, integer count, TYPE* dx, TYPE* dadd)
 {
     EVERY(i, count) {
         const int c = (unsigned)i % (C / V) * V;
-        const Pack pg = ((const Pack*)g)[i], px = ((const Pack*)x)[i], po = out ? ((const Pack*)out)[i] : pg;
-        Pack d, masked;
+        const Pack p = ((const Pack*)x)[i];
+        REAL value[V];
+        Pack d, behind;
+        gradient(g, more, out, i, value);
         for (int v = 0; v < V; v++) {
-            const REAL value = !out || get(po.at[v]) > 0 ? get(pg.at[v]) : (REAL)0;
-            set(masked.at[v], value);
-            set(d.at[v], terms[c + v] * value + terms[C + c + v] * get(px.at[v]) + terms[2 * C + c + v]);
+            set(behind.at[v], value[v]);
+            set(d.at[v], terms[c + v] * value[v] + terms[C + c + v] * get(p.at[v]) + terms[2 * C + c + v]);
         }
         ((Pack*)dx)[i] = d;
-        if (dadd) ((Pack*)dadd)[i] = masked;
+        if (dadd) ((Pack*)dadd)[i] = behind;
     }
 }
 
@@ -330,12 +358,18 @@ extern "C" __global__ void max_pool_gradient(const TYPE* g, const unsigned short
 // ------------------------------------------------------------------------------------------------ linear layers
 
 // c[m, n] = sum over k of a[m, k] b[k, n] (+ bias[n]), c contiguous; strides of a and b in entries. A block makes
-// 64 x 64 of c, each thread 4 x 4, while what it needs next is on its way from memory.
+// 64 x 64 of c, each thread 4 x 4, while what it needs next is on its way from memory. Where c has few such tiles,
+// `parts` blocks share each, every one with a part of K: the last to end adds up what they left in `partial`
+// (parts, M, N), by the counter of the tile.
 extern "C" __global__ __launch_bounds__(256) void product(const REAL* a, const REAL* b, const REAL* bias, REAL* c,
-    int M, int N, int K, integer a_row, integer a_column, integer b_row, integer b_column)
+    int M, int N, int K, integer a_row, integer a_column, integer b_row, integer b_column, int parts, REAL* partial,
+    unsigned* counters)
 {
     __shared__ REAL as[16][65], bs[16][65];  // 65: threads that store a column of them use different banks
-    const int t = threadIdx.x, top = blockIdx.y * 64, left = blockIdx.x * 64, row = t / 16, column = t % 16;
+    const int t = threadIdx.x, tile = blockIdx.x / parts, part = blockIdx.x % parts;
+    const int top = blockIdx.y * 64, left = tile * 64, row = t / 16, column = t % 16;
+    const int each = (K + 16 * parts - 1) / (16 * parts) * 16, begin = part * each;
+    const int end = begin + each < K ? begin + each : K;
     REAL sum[4][4], next_a[4], next_b[4];
     // Neighbouring threads load along the direction that is contiguous: place e of a tile is (k, m) or (k, n).
     const auto row_a = [&](int e) { return a_column == 1 ? e % 16 : e / 64; };
@@ -346,14 +380,14 @@ extern "C" __global__ __launch_bounds__(256) void product(const REAL* a, const R
         for (int i = 0; i < 4; i++) {
             const int e = t + 256 * i;
             int k = first + row_a(e), m = top + column_a(e), n = left + column_b(e);
-            next_a[i] = m < M && k < K ? a[m * a_row + k * a_column] : (REAL)0;
+            next_a[i] = m < M && k < end ? a[m * a_row + k * a_column] : (REAL)0;
             k = first + row_b(e);
-            next_b[i] = n < N && k < K ? b[k * b_row + n * b_column] : (REAL)0;
+            next_b[i] = n < N && k < end ? b[k * b_row + n * b_column] : (REAL)0;
         }
     };
     for (int i = 0; i < 16; i++) sum[i / 4][i % 4] = 0;
-    load(0);
-    for (int first = 0; first < K; first += 16) {
+    load(begin);
+    for (int first = begin; first < end; first += 16) {
         for (int i = 0; i < 4; i++) {
             const int e = t + 256 * i;
             as[row_a(e)][column_a(e)] = next_a[i];
@@ -365,10 +399,22 @@ extern "C" __global__ __launch_bounds__(256) void product(const REAL* a, const R
             for (int i = 0; i < 16; i++) sum[i / 4][i % 4] += as[k][row + i / 4 * 16] * bs[k][column + i % 4 * 16];
         __syncthreads();
     }
-    for (int i = 0; i < 16; i++) {
-        const int m = top + row + i / 4 * 16, n = left + column + i % 4 * 16;
-        if (m < M && n < N) c[(integer)m * N + n] = sum[i / 4][i % 4] + (bias ? bias[n] : (REAL)0);
+    const auto each_entry = [&](auto work) {
+        for (int i = 0; i < 16; i++) {
+            const int m = top + row + i / 4 * 16, n = left + column + i % 4 * 16;
+            if (m < M && n < N) work(sum[i / 4][i % 4], (integer)m * N + n, n);
+        }
+    };
+    if (parts > 1) {
+        const integer size = (integer)M * N;
+        each_entry([&](REAL& s, integer place, int) { partial[part * size + place] = s; });
+        if (!is_last(&counters[blockIdx.y * (gridDim.x / parts) + tile], parts)) return;
+        each_entry([&](REAL& s, integer place, int) {
+            s = 0;
+            for (int p = 0; p < parts; p++) s += __ldcg(&partial[p * size + place]);
+        });
     }
+    each_entry([&](REAL& s, integer place, int n) { c[place] = s + (bias ? bias[n] : (REAL)0); });
 }
 
 // loss = mean over N rows of -log softmax(logits)[label]; dlogits (unless null) its gradient (softmax - onehot) / N;
@@ -381,13 +427,13 @@ extern "C" __global__ __launch_bounds__(256) void cross_entropy(const REAL* logi
     double total = 0, correct = 0;
     for (integer n = t; n < N; n += 256) {
         const REAL* z = logits + n * K;
-        const int label = labels[n];
+        const integer label = labels[n];
         int top = 0;
         for (int k = 1; k < K; k++)
             if (z[k] > z[top]) top = k;
         REAL sum = 0;
         for (int k = 0; k < K; k++) sum += exp(z[k] - z[top]);
-        total += log(sum) - (z[label] - z[top]);
+        total += log(sum) - ((label >= 0 && label < K ? z[label] : (REAL)nan("")) - z[top]);  // NaN: no such class
         correct += top == label;
         if (dlogits)
             for (int k = 0; k < K; k++) dlogits[n * K + k] = (exp(z[k] - z[top]) / sum - (k == label)) / N;
@@ -404,11 +450,14 @@ extern "C" __global__ __launch_bounds__(256) void cross_entropy(const REAL* logi
 
 // ------------------------------------------------------------------------------------------------ optimiser
 
-struct Part {  // a parameter: values, velocity (null without momentum), gradient, which entries are kept (null: all)
-    REAL *w, *v;
-    const REAL* g;
-    const unsigned char* mask;
-    integer size;
+struct Part {  // a parameter
+    REAL *w, *v;                // values, and velocity (null without momentum)
+    const void* g;              // gradient, of REAL or, if narrow, of TYPE
+    const unsigned char* mask;  // which entries are kept (null: all)
+    TYPE* copy;                 // of the values in the type of images (null: there is none)
+    unsigned size;
+    int C, channels;            // a narrow gradient and the copy have `channels` entries for each C
+    int narrow;
 };
 struct Parts { Part at[64]; };
 
@@ -420,12 +469,14 @@ extern "C" __global__ void sgd(const Parts parts, const double* rate, double mom
     const REAL lr = *rate, mu = momentum, decay = weight_decay;
     EVERY(i, p.size) {
         if (p.mask && !p.mask[i]) continue;
+        const unsigned u = i, j = p.channels == p.C ? u : u / p.C * p.channels + u % p.C;
         const REAL w = p.w[i];
-        REAL g = p.g[i] + decay * w;
+        REAL g = (p.narrow ? get(((const TYPE*)p.g)[j]) : ((const REAL*)p.g)[i]) + decay * w;
         if (p.v) {
             const REAL v = p.v[i] = mu * p.v[i] + g;
             g = nesterov ? g + mu * v : v;
         }
         p.w[i] = w - lr * g;
+        if (p.copy) set(p.copy[j], w - lr * g);
     }
 }

@@ -21,16 +21,19 @@ import cupy
 import numpy as np
 
 from engines import EngineError, output_size, pool_size
-from engines.gpu_convolution import Convolutions, channels_of, empty, reason_of
+from engines.gpu_convolution import Convolutions, channels_of, empty, reason_of, requirements
 
 SOURCE = Path(__file__).with_name("gpu.cu")
 TYPES = {"float32": ("float", "float"), "float64": ("double", "double"),
          "bfloat16": ("bfloat16", "float")}  # of images: TYPE and REAL of gpu.cu
 PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
+AMPERE = 80  # the compute capability from which on GPUs have bfloat16
+NUMPY = "2.1.2"  # the first beside which CuPy has bfloat16
 THREADS, BLOCKS = 256, 1024  # of a launch; more blocks than a GPU runs at once, each thread takes several entries
-CHANNELS = 8  # of a block of batch_statistics and gradient_statistics
+COUNTERS = 4096  # of blocks that work on one sum; enough for BatchNorm of 100,000 channels
 PARTS = 64  # parameters updated by one launch: their table is an argument, of which there are 4 KiB
-PART = np.dtype([("w", np.uint64), ("v", np.uint64), ("g", np.uint64), ("mask", np.uint64), ("size", np.int64)])
+PART = np.dtype([(name, np.uint64) for name in ("w", "v", "g", "mask", "copy")]
+                + [("size", np.uint32), ("C", np.int32), ("channels", np.int32), ("narrow", np.int32)])
 ALIGNED = 16  # bytes: where images begin, for cuDNN and for packs
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -38,10 +41,13 @@ ALIGNED = 16  # bytes: where images begin, for cuDNN and for packs
 
 def dtype_of(name):
     if name == "bfloat16":
+        if np.lib.NumpyVersion(np.__version__) < NUMPY:
+            raise EngineError(f"bf16 needs NumPy {NUMPY} or later, and this is {np.__version__}: "
+                              f"pip install 'numpy>={NUMPY}'")
         try:
             import ml_dtypes
         except ImportError:
-            raise EngineError("bfloat16 needs ml_dtypes: pip install -r requirements-gpu.txt") from None
+            raise EngineError(f"bfloat16 needs ml_dtypes: pip install -r {requirements()}") from None
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
 
@@ -59,6 +65,15 @@ def strides(x):
 def pack(C, dtype):
     """Neighbouring channels that a thread takes at a time: as many as divide C and fit a load of 16 bytes."""
     return next(v for v in (8, 4, 2, 1) if C % v == 0 and v * dtype.itemsize <= 16)
+
+
+def cut(pixels, packs):
+    """(packs of channels to a block, columns of blocks, parts of the pixels) of a kernel that adds up over pixels:
+    enough blocks, and enough work for each thread.
+    """
+    lanes = min(32, 1 << (packs - 1).bit_length())
+    columns = -(-packs // lanes)
+    return lanes, columns, max(1, min(-(-256 // columns), -(-pixels * lanes // (4 * THREADS))))
 
 
 @functools.cache
@@ -98,6 +113,10 @@ class Engine:
     name, xp = "gpu", cupy
 
     def __init__(self, precision="tf32", deterministic=True, tune=False, capture=True):
+        compute = int(cupy.cuda.Device().compute_capability)
+        if precision == "bf16" and compute < AMPERE:
+            raise EngineError(f"bf16 needs a GPU of compute capability {AMPERE / 10} or later, and this one has "
+                              f"{compute / 10}: choose --precision tf32 or fp32")
         self.precision, self.deterministic, self.tune, self.capture = precision, deterministic, tune, capture
         self.dtype = dtype_of(PRECISIONS[precision])
         self.stream = cupy.cuda.Stream(non_blocking=True)  # the default stream cannot be captured
@@ -105,6 +124,8 @@ class Engine:
         self.convolve = Convolutions(self.stream, precision == "fp32", deterministic, tune)
         self.functions, self.pool = weakref.WeakSet(), None  # compiled functions, and where their arrays lie
         self.images_in, self.labels_in, self.moved = None, None, 0
+        self.counters = cupy.zeros(COUNTERS, np.uint32)  # see is_last in gpu.cu
+        self.copies, self.copied = {}, 0  # address of weights: (weights, their copy), true while copied == moved
 
     def to_host(self, array):
         return array if isinstance(array, np.ndarray) else array.get()
@@ -168,7 +189,26 @@ class Engine:
 
     def weights(self, w):
         """What conv and conv_input_gradient take for weights w (O, C, kh, kw): in the type of images"""
-        return self.images(w, self.padded(w.shape[1]))
+        weights, copy = self.known_copies().get(w.data.ptr, (None, None))
+        return copy if weights is w else self.images(w, self.padded(w.shape[1]))
+
+    def known_copies(self):
+        """Copies of weights in the type of images, which sgd changes with the weights; none after any other change that
+        `moved` counts.
+        """
+        if self.copied != self.moved:
+            self.copies, self.copied = {}, self.moved
+        return self.copies
+
+    def copy_of(self, w):
+        """The copy of these weights that sgd keeps, None where weights are used as they are."""
+        if w.ndim != 4 or self.kind(w.dtype) == w.dtype:
+            return None
+        copies = self.known_copies()
+        if w.data.ptr not in copies:
+            with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # where no graph writes
+                copies[w.data.ptr] = w, self.images(w, self.padded(w.shape[1]))
+        return copies[w.data.ptr][1]
 
     def conv(self, x, w, stride, padding):
         """x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W')"""
@@ -189,56 +229,50 @@ class Engine:
         return dx
 
     def conv_weight_gradient(self, g, x, shape, stride, padding):
-        """The gradient with respect to w of this shape, from g (N, O, H', W') and x (N, C, H, W)"""
-        C, channels = shape[1], self.padded(shape[1])
+        """The gradient with respect to w of this shape, from g (N, O, H', W') and x (N, C, H, W), in their type"""
+        channels = self.padded(shape[1])
         g, x = self.images(g), self.images(x, channels)
         dw = empty(shape, g.dtype, channels)
         self.convolve("wgrad", x, dw, g, stride, padding, channels)
-        if channels == C and dw.dtype == real(dw.dtype):
-            return dw
-        out = empty(shape, real(dw.dtype))
-        launch("from_images", dw.dtype, out.size, dw, np.int32(C), np.int32(channels), np.int64(out.size), out)
-        return out
+        return dw
 
     # ---- BatchNorm, sums and pooling
 
-    def sums(self, name, M, C, dtype, *arrays):
-        """(parts, 2, C): what the kernel of this name adds up over parts of the M pixels; and how many parts."""
-        v = pack(C, dtype)
-        lanes = min(32, 1 << (C // v - 1).bit_length())
-        tiles = -(-C // v // lanes)
-        parts = max(1, min(-(-256 // tiles), -(-M * lanes // (4 * THREADS))))  # enough blocks, and work for each thread
-        out = cupy.empty((parts, 2, C), real(dtype))
-        sizes = np.int64(M), np.int32(C), np.int32(lanes)
-        kernel(name, dtype.name, v)((tiles, parts), (THREADS,), (*arrays, *sizes, out))
-        return out, np.int32(parts)
+    def over_pixels(self, name, images, training, arrays, results, summed=True):
+        """A kernel that adds up over the pixels of images (N, C, H, W), the first of which is not None."""
+        x = images[0]
+        C, M, v = x.shape[1], x.size // x.shape[1], pack(x.shape[1], x.dtype)
+        lanes, columns, parts = cut(M, C // v)
+        parts = parts if summed else 1
+        assert columns <= COUNTERS, f"{C} channels"
+        sums = cupy.empty((parts, 2, C), real(x.dtype))
+        sizes = np.int64(M), np.int32(C), np.int32(lanes), np.int32(training)
+        arguments = *images, *sizes, *arrays, sums, self.counters, *results
+        kernel(name, x.dtype.name, v)((columns, parts), (THREADS,), arguments)
 
     def batch_norm(self, x, weight, bias, running_mean, running_var, training, momentum, eps, add, relu):
         """(out, what the gradients need of the statistics)"""
         x, add = self.images(x), None if add is None else self.images(add)
-        C, M = x.shape[1], x.size // x.shape[1]
-        sums, parts = self.sums("channel_sums", M, C, x.dtype, x) if training else (None, np.int32(0))
+        C = x.shape[1]
         saved = cupy.empty((4, C), real(x.dtype))
-        arguments = (sums, parts, x, np.int64(M), np.int32(C), weight, bias, running_mean, running_var,
-                     np.float64(momentum), np.float64(eps), saved)
-        kernel("batch_statistics", x.dtype.name)((-(-C // CHANNELS),), (THREADS,), arguments)
+        arrays = weight, bias, running_mean, running_var, np.float64(momentum), np.float64(eps)
+        self.over_pixels("batch_statistics", [x], training, arrays, [saved], summed=training)
         out, v = empty(x.shape, x.dtype), pack(C, x.dtype)
         count = np.int64(x.size // v)
         launch("normalize", x.dtype, count, x, add, saved, np.int32(relu), np.int32(C), count, out, pack=v)
         return out, saved
 
-    def batch_norm_gradients(self, g, x, out, weight, saved, training, separate):
-        """(dx, dweight, dbias, dadd); out: what batch_norm returned if there was a ReLU, else None"""
-        g, x = self.images(g), self.images(x)
-        C, M = x.shape[1], x.size // x.shape[1]
-        sums, parts = self.sums("gradient_sums", M, C, x.dtype, g, x, out, saved)  # saved begins with the mean
-        wide = real(x.dtype)
+    def batch_norm_gradients(self, g, x, out, weight, saved, training, separate, more=None):
+        """(dx, dweight, dbias, dadd); out: what batch_norm returned if there was a ReLU, else None; more: None, or a
+        second gradient, to be added to g
+        """
+        g, x, more = self.images(g), self.images(x), None if more is None else self.images(more)
+        C, wide = x.shape[1], real(x.dtype)
         dweight, dbias, terms = cupy.empty(C, wide), cupy.empty(C, wide), cupy.empty((3, C), wide)
-        arguments = sums, parts, np.int64(M), np.int32(C), saved, np.int32(training), dweight, dbias, terms
-        kernel("gradient_statistics", x.dtype.name)((-(-C // CHANNELS),), (THREADS,), arguments)
+        self.over_pixels("gradient_statistics", [g, more, x, out], training, [saved], [dweight, dbias, terms])
         dx, v = empty(x.shape, x.dtype), pack(C, x.dtype)
         dadd, count = empty(x.shape, x.dtype) if separate else None, np.int64(x.size // v)
-        launch("normalize_gradient", x.dtype, count, g, x, out, terms, np.int32(C), count, dx, dadd, pack=v)
+        launch("normalize_gradient", x.dtype, count, g, more, x, out, terms, np.int32(C), count, dx, dadd, pack=v)
         return dx, dweight, dbias, dadd
 
     def add(self, x, y):
@@ -291,9 +325,12 @@ class Engine:
         if not fits or {x.dtype for x in (b, bias) if x is not None} != {dtype}:
             raise ValueError(f"{a.shape} of {dtype} cannot be multiplied with {b.shape} of {b.dtype}"
                              + ("" if bias is None else f" and added to {bias.shape} of {bias.dtype}"))
-        c = cupy.empty((M, N), dtype)
+        rows, columns = -(-M // 64), -(-N // 64)
+        parts = max(1, min(128 // (rows * columns), K // 64))  # blocks enough for a GPU, and work for each
+        c, partial = cupy.empty((M, N), dtype), cupy.empty((parts, M, N), dtype) if parts > 1 else None
         arguments = a, b, bias, c, np.int32(M), np.int32(N), np.int32(K), *strides(a), *strides(b)
-        kernel("product", dtype.name)((-(-N // 64), -(-M // 64)), (THREADS,), arguments)
+        arguments += np.int32(parts), partial, self.counters
+        kernel("product", dtype.name)((columns * parts, rows), (THREADS,), arguments)
         return c
 
     def linear(self, x, w, b, pattern):
@@ -336,16 +373,23 @@ class Engine:
 
     def sgd(self, params, velocities, rate, momentum, weight_decay, nesterov):
         """One step in place for all parameters (data, grad, mask, pattern) that have a gradient."""
-        moved = [(w, v, self.parameter(g), mask) for (w, g, mask, _), v in zip(params, velocities) if g is not None]
+        moved = [(w, v, g, mask) for (w, g, mask, _), v in zip(params, velocities) if g is not None]
         for first in range(0, len(moved), PARTS):
             rows, dtype = moved[first : first + PARTS], moved[0][0].dtype
-            table = np.zeros(1, np.dtype([("at", PART, PARTS)]))
+            table, held = np.zeros(1, np.dtype([("at", PART, PARTS)])), []
             for i, (w, v, g, mask) in enumerate(rows):
-                assert g.shape == w.shape and g.dtype == w.dtype == dtype, (g.shape, g.dtype, w.shape, w.dtype, dtype)
-                table["at"][0, i] = *(0 if a is None else a.data.ptr for a in (w, v, g, mask)), w.size
+                copy, C, channels = self.copy_of(w), 1, 1  # of what lies in memory as weights do
+                if copy is not None:
+                    C, channels = w.shape[1], self.padded(w.shape[1])
+                narrow = copy is not None and g.dtype == copy.dtype and channels_of(g) == channels
+                g = g if narrow else self.parameter(g.astype(w.dtype, copy=False))
+                assert g.shape == w.shape and w.dtype == dtype and w.size < 2**32, (g.shape, w.shape, w.dtype, dtype)
+                arrays = w, v, g, mask, copy
+                table["at"][0, i] = *(0 if a is None else a.data.ptr for a in arrays), w.size, C, channels, narrow
+                held.append(g)  # until the kernel is launched
             grid = min(128, blocks(max(w.size for w, *_ in rows))), len(rows)
             options = np.float64(momentum), np.float64(weight_decay), np.int32(nesterov)
-            kernel("sgd", dtype.name)(grid, (THREADS,), (table, rate, *options))
+            kernel("sgd", self.kind(dtype).name)(grid, (THREADS,), (table, rate, *options))
         return list(velocities)
 
     # ---- batches and whole steps

@@ -1,12 +1,10 @@
 """Convolutions on a GPU by cuDNN, planned once for each shape.
 
-The plan is the first of cuDNN's heuristics that can be built, or with `tune` the fastest. None adds up in a random
-order unless `deterministic` is off.
+The plan is the first of cuDNN's heuristics that can be built and run, or with `tune` the fastest. None adds up in a
+random order unless `deterministic` is off.
 """
 
-import contextlib
 import functools
-import itertools
 
 import cupy
 
@@ -50,6 +48,11 @@ def reason_of(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def requirements():
+    """The file of what to install beside this CuPy."""
+    return "requirements-gpu.txt" if cupy.cuda.runtime.runtimeGetVersion() >= 13000 else "requirements-gpu-cuda12.txt"
+
+
 @functools.cache
 def cudnn():
     """cuDNN's Python module; EngineError if it cannot be used."""
@@ -60,7 +63,7 @@ def cudnn():
         import cudnn
     except Exception as error:  # ImportError, or whatever a library that does not load makes them raise
         raise EngineError(f"convolution on a GPU needs cuDNN ({reason_of(error)}): "
-                          "pip install -r requirements-gpu.txt") from None
+                          f"pip install -r {requirements()}") from None
     return cudnn
 
 
@@ -88,8 +91,10 @@ def convolution(kind, x, w, y, dtype, stride, padding, strict=False, determinist
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([c.heur_mode.A, c.heur_mode.FALLBACK])
-    unwanted = [c.numerical_note.NONDETERMINISTIC] if deterministic else []
-    unwanted += [c.numerical_note.TENSOR_CORE, c.numerical_note.DOWN_CONVERT_INPUTS] if strict else []
+    note = c.numerical_note
+    unwanted = [note.NONDETERMINISTIC] if deterministic else []
+    unwanted += [note.TENSOR_CORE, note.DOWN_CONVERT_INPUTS, note.WINOGRAD] if strict else []
+    unwanted += [note.REDUCED_PRECISION_REDUCTION] if dtype == "bfloat16" else []
     if unwanted:
         graph.deselect_numeric_notes(unwanted)
     return graph, tensors | {made: out}
@@ -133,7 +138,7 @@ def scratch(nbytes):
 
 
 class Convolutions:
-    """cuDNN's convolutions on a stream. strict: float32 without tensor cores; tune: time plans, take the fastest."""
+    """cuDNN's convolutions on a stream. strict: plain float32; tune: time plans, take the fastest."""
 
     def __init__(self, stream, strict=False, deterministic=True, tune=False):
         self.stream, self.strict, self.deterministic, self.tune = stream, strict, deterministic, tune
@@ -157,26 +162,26 @@ class Convolutions:
             raise EngineError(f"cuDNN's {described(*key)} failed: {reason_of(error)}") from None
 
     def planned(self, kind, x, w, y, dtype, stride, padding, arrays):
-        """(graph, tensors, number of its plan)"""
+        """(graph, tensors, number of the first plan that can be run on the arrays, or with `tune` of the fastest)"""
         strict = self.strict and dtype == "float32"
         graph, tensors = convolution(kind, x, w, y, dtype, stride, padding, strict, self.deterministic,
                                      handle=self.handle)
-        able = plans(graph, self.limit)
-        number = self.fastest(graph, tensors, able, arrays) if self.tune else next(able, None)
-        if number is None:
+        ran, reason = [], ""
+        for number in plans(graph, self.limit):
+            size = graph.get_workspace_size_plan_at_index(number)
+            memory = scratch(size) if self.tune else self.workspace(size)  # of those timed only one is kept
+            work = functools.partial(self.execute, graph, tensors, number, arrays, memory)
+            try:
+                ran.append((milliseconds(work) if self.tune else work(), number))
+            except Exception as error:  # it can be built, but not run
+                reason = f", that can be run ({reason_of(error)})"
+            if len(ran) == (TRIED if self.tune else 1):
+                break
+        if not ran:
             raise EngineError(f"cuDNN has no plan for the {described(kind, x, w, y, dtype, stride, padding)}"
                               + (", without tensor cores" if strict else "")
-                              + (", deterministically" if self.deterministic else ""))
-        return graph, tensors, number
-
-    def fastest(self, graph, tensors, able, arrays):
-        """The number of the fastest of the first plans, None if none of them can be run."""
-        timed = []
-        for number in itertools.islice(able, TRIED):
-            memory = scratch(graph.get_workspace_size_plan_at_index(number))
-            with contextlib.suppress(Exception):  # it can be built, but not run
-                timed.append((milliseconds(lambda: self.execute(graph, tensors, number, arrays, memory)), number))
-        return min(timed)[1] if timed else None
+                              + (", deterministically" if self.deterministic else "") + reason)
+        return graph, tensors, min(ran)[1]
 
     def execute(self, graph, tensors, number, arrays, memory=None):
         pointers = {tensors[name]: array.data.ptr for name, array in arrays.items()}

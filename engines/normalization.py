@@ -94,30 +94,33 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, e
     return normalize(x, scale, bias - mean * scale, add, relu), (mean, deviation)
 
 
-def batch_norm_gradients(g, x, out, weight, saved, training, separate):
+def batch_norm_gradients(g, x, out, weight, saved, training, separate, more=None):
     """Gradients of BatchNorm [+ add] [+ ReLU]: (dx, dweight, dbias, dadd); saved: (mean, deviation).
 
-    With xhat = (x - mean) / deviation and g the gradient behind the ReLU (0 where out = 0; out None: no ReLU):
+    With xhat = (x - mean) / deviation and g the gradient, g + more unless more is None, behind the ReLU (0 where
+    out = 0; out None: no ReLU):
     dweight = sum g xhat, dbias = sum g, dx = weight / deviation (g - dbias / n - xhat dweight / n), dadd = g;
     with constant statistics (training False) dx = weight / deviation g.
     separate: dadd is wanted, an array of its own.
     """
     mean, deviation = saved
     dx = empty(x.shape, x.dtype)
-    masked = dx if not separate else empty(x.shape, x.dtype, halo=0) if out is not None else g
-    middle = per_channel(mean, x.dtype)
+    plain = out is None and more is None
+    masked = dx if not separate else g if plain else empty(x.shape, x.dtype, halo=0)
+    middle, others = per_channel(mean, x.dtype), [a for a in (more, out) if a is not None]
 
     def sums(g, x, masked, *rest):
-        *out, temporary = rest
-        for o in out:
-            temporary[...] = o > 0
+        *others, temporary = rest
+        if more is not None:
+            g = np.add(g, others[0], out=masked)
+        if out is not None:
+            temporary[...] = others[-1] > 0
             g = np.multiply(g, temporary, out=masked)
         return channel_sum(g), channel_dot(g, np.subtract(x, middle, out=temporary))
 
-    arrays = [rows(a) for a in (g, x, masked)]
-    dbias, dot = np.sum(by_rows(sums, *arrays, *([] if out is None else [rows(out)])), axis=0)
+    dbias, dot = np.sum(by_rows(sums, *(rows(a) for a in (g, x, masked, *others))), axis=0)
     dweight = dot / deviation
-    if out is None:
+    if plain:
         masked = g
     slope = weight / deviation
     n = x.size // len(mean) if training else np.inf

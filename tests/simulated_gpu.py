@@ -455,7 +455,7 @@ def function(name):
 
 
 class Device:
-    id = 0
+    id, compute_capability = 0, "90"
 
     def __init__(self, number=0):
         assert number == 0
@@ -571,7 +571,8 @@ class cudnnGraphNotSupportedError(RuntimeError):
 
 data_type = enum.Enum("data_type", "FLOAT DOUBLE BFLOAT16")
 heur_mode = enum.Enum("heur_mode", "A FALLBACK")
-numerical_note = enum.Enum("numerical_note", "TENSOR_CORE DOWN_CONVERT_INPUTS NONDETERMINISTIC")
+numerical_note = enum.Enum("numerical_note", "TENSOR_CORE DOWN_CONVERT_INPUTS NONDETERMINISTIC WINOGRAD "
+                           "REDUCED_PRECISION_REDUCTION")
 STORED = {data_type.FLOAT: "float32", data_type.DOUBLE: "float64", data_type.BFLOAT16: "bfloat16"}
 TF32 = {numerical_note.TENSOR_CORE, numerical_note.DOWN_CONVERT_INPUTS}
 
@@ -736,8 +737,10 @@ def make_modules():
         return modules[name]
 
     runtime = module("cupy.cuda.runtime", getDeviceCount=lambda: 1, memGetInfo=lambda: (60 << 30, 80 << 30),
-                     runtimeGetVersion=lambda: 13000, getDeviceProperties=lambda device: {"name": b"simulated GPU"})
-    cuda = module("cupy.cuda", runtime=runtime, Stream=Stream, Event=Event, Device=Device, Memory=Memory,
+                     runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13000,
+                     getDeviceProperties=lambda device: {"name": b"simulated GPU", "uuid": bytes(16), "pciBusID": 0})
+    nccl = module("cupy.cuda.nccl", available=True)
+    cuda = module("cupy.cuda", runtime=runtime, nccl=nccl, Stream=Stream, Event=Event, Device=Device, Memory=Memory,
                   MemoryPool=MemoryPool, MemoryPointer=MemoryPointer, using_allocator=using_allocator,
                   get_current_stream=get_current_stream, get_elapsed_time=get_elapsed_time)
     module("cupy", __version__="14.2.0", ndarray=ndarray, asarray=asarray, empty=allocate, cuda=cuda,

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import functools
 import itertools
 import math
 import pickle
@@ -237,6 +238,23 @@ def test_backward_of_a_deep_and_a_wide_graph():
             y = level(y)
         y.sum().backward()
         np.testing.assert_array_equal(x.grad, [1, 1])
+
+
+@pytest.mark.parametrize("relu, added, uses", [*itertools.product((False, True), (False, True), (1, 2, 3, 5))])
+def test_several_gradients_of_a_batch_norm(backend, relu, added, uses):
+    """It takes the sum of two in its own passes, those of further uses are added before: as if there were one."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s) for s in ((4, 3, 5, 2), 3, 3, *[(4, 3, 5, 2)] * added)]
+    factors = rng.standard_normal((uses, 4, 3, 5, 2))
+
+    def gradients(factors):
+        tensors = [nn.Tensor(nn.xp.asarray(a), requires_grad=True) for a in arrays]
+        out = batch_norm(relu=relu)(*tensors)
+        functools.reduce(nn.add, [nn.sum(out * nn.xp.asarray(factor)) for factor in factors]).backward()
+        return [nn.to_host(t.grad) for t in tensors]
+
+    for several, one in zip(gradients(factors), gradients([factors.sum(0)]), strict=True):
+        np.testing.assert_allclose(several, one, rtol=1e-12, atol=1e-12)
 
 
 def test_classify_counts_and_leaves_logits_alone(backend):
