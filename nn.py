@@ -12,6 +12,7 @@ order: the engine, Tensor, operations, layers, masks (Appendix B of the paper), 
 """
 
 import math
+import warnings
 import zlib
 from builtins import sum as total
 from numbers import Real
@@ -31,7 +32,8 @@ def use_device(device="auto", number=0, **options):
     """Choose what computes: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
 
     number: of the machine's GPUs. options of a GPU's engine: precision, deterministic, tune, capture. Call it before
-    anything is built: what was built before cannot be used. Raises RuntimeError when a GPU is asked for and cannot be.
+    anything is built: what was built before cannot be used. Raises RuntimeError when a GPU is asked for and cannot be;
+    "auto" warns of why it is the CPU if CuPy is installed.
     """
     global engine, xp
     if device not in ("auto", "cpu", "gpu"):
@@ -49,9 +51,16 @@ def use_device(device="auto", number=0, **options):
         cupy.cuda.Device(number % count).use()  # of one, each process may see another
         (cupy.zeros(1) + 1).sum()  # importing works without a driver, so launch something small
     except Exception as error:  # no cupy, no driver, no device, no compiler: each has its own type
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        if "cudaErrorInsufficientDriver" in reason:  # or none at all
+            has, needs = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+            reason = (f"the driver's CUDA is {has // 1000}.{has % 1000 // 10} and CuPy's {needs // 1000}: "
+                      + ("requirements-gpu-cuda12.txt is for such a driver" if has >= 12000 else "update the driver")
+                      if has else "there is no NVIDIA driver")
         if device == "gpu":
-            reason = str(error).strip().split("\n")[0]
             raise RuntimeError(f"a GPU was asked for but cannot be used: {reason}") from None
+        if getattr(error, "name", None) != "cupy":  # it is installed
+            warnings.warn(f"computing on the CPU, since the GPU cannot be used: {reason}", stacklevel=2)
         return "cpu"
     if number >= count > 1:
         raise RuntimeError(f"process {number + 1} of this machine finds {count} GPUs: start one for each")

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import typing
+import warnings
 from dataclasses import fields, replace
 
 import numpy as np
@@ -183,7 +184,8 @@ def perform(experiment, settings, todo, argv, ranks):
         return 0
     name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list or todo.plot
     figure = experiment.figures.get(name)
-    settings = settings.on_device(ranks.here, 1 if figure else ranks.size, training=not (todo.list or todo.plot))
+    with plain_warnings(f"{experiment.command}: ", heard=ranks.here == 0 and WORKER not in os.environ):
+        settings = settings.on_device(ranks.here, 1 if figure else ranks.size, training=not (todo.list or todo.plot))
     if todo.plot:
         plot(experiment, name, settings, todo.metric, todo.record)
         return 0
@@ -197,6 +199,7 @@ def perform(experiment, settings, todo, argv, ranks):
         return 0
     runs = [Run(experiment, s, Alone() if figure else ranks) for s in chosen]
     if not figure:
+        ranks.check_devices()
         return train_one(*runs)
     if todo.list:
         print(*[f"{run.settings.run_name()}: {run.status()}" for run in runs], *figure.notes(settings),
@@ -213,6 +216,19 @@ def perform(experiment, settings, todo, argv, ranks):
     if todo.quick_figure and not code and not worker and ranks.rank == 0:
         plot(experiment, name, settings, todo.metric, record=False)
     return code
+
+
+@contextlib.contextmanager
+def plain_warnings(begin, heard):
+    """Warnings are lines of stderr that begin so, if they are to be heard, without a place in the code."""
+    def show(message, *where):
+        if heard:
+            print(begin + " ".join(str(message).split()), file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
 
 
 def compare_data(experiment, runs):

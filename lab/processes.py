@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import time
+import warnings
 
 import numpy as np
 
@@ -47,6 +48,9 @@ class Alone:
     def check_same(self, when, what, *arrays):
         """Raise JobError unless these arrays are the same on all ranks, to the bit."""
 
+    def check_devices(self):
+        """Raise JobError unless gradients can be added up over ranks on the devices where they compute."""
+
     def wait(self):
         """Until all ranks are here."""
 
@@ -80,7 +84,8 @@ class Ranks(Alone):
         start_sum = self.start_nccl if gpu else self.start_mpi
         pieces = []  # (array, which of its entries) of everything to be averaged, flat; masked entries stay at home
         for p in model.parameters():
-            nn.put(p, "grad", nn.engine.parameter(nn.xp.zeros_like(p.data) if p.grad is None else p.grad))
+            grad = nn.xp.zeros_like(p.data) if p.grad is None else p.grad.astype(p.dtype, copy=False)
+            nn.put(p, "grad", nn.engine.parameter(grad))
             pieces.append((flat(p.grad), slice(None) if gpu or p.mask is None else p.mask.reshape(-1)))
         pieces += [(array.reshape(-1), slice(None)) for _, array in model.named_arrays(nn.xp.ndarray)]
         pending = []  # the bucket whose sum runs while the next one is put together
@@ -117,6 +122,25 @@ class Ranks(Alone):
             raise JobError(f"{when} rank {other} does not have the {what} of rank 0; all ranks need the same "
                            "versions of this code, of NumPy and of the data, and the same kind of device")
 
+    def check_devices(self):
+        card, able = gpu() if nn.engine.name == "gpu" else (None, True)
+        cards, ables = zip(*self.comm.allgather((card, able)))  # so that all ranks raise the same
+        for rank, other in enumerate(cards):
+            if (other is None) != (cards[0] is None):
+                raise JobError(f"rank 0 computes on a {'CPU' if other else 'GPU'} and rank {rank} on a "
+                               f"{'GPU' if other else 'CPU'}: --device gpu says why, --device cpu takes CPUs alone")
+            if other in cards[:rank] and other is not None:
+                raise JobError(f"ranks {cards.index(other)} and {rank} compute on the same GPU, and each needs its "
+                               "own: start no more processes than there are GPUs")
+        if not all(ables):
+            raise JobError(f"ranks on GPUs need NCCL, which rank {ables.index(False)} does not have: on Linux install "
+                           "what requirements-gpu.txt names, elsewhere start one process")
+        try:
+            card and self.nccl  # which connects them
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise JobError(f"NCCL cannot connect the GPUs of the ranks: {reason}") from None
+
     def wait(self):
         request = self.comm.Ibarrier()
         while not request.Test():
@@ -128,6 +152,17 @@ class Ranks(Alone):
 
     def abort(self, code):
         self.comm.Abort(code)
+
+
+def gpu():
+    """(what tells the GPU on which this process computes from all others, whether CuPy has NCCL)"""
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NCCL that is not there
+        from cupy.cuda import nccl
+    return (properties["uuid"], properties["pciBusID"]), nccl.available  # CuPy ends an uuid at a byte of zero
 
 
 def flat(array):

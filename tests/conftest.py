@@ -54,6 +54,15 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(name, backends, indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def without_cupy(request):
+    """A CuPy that finds no GPU is as if it were not installed: else each command would say why it takes the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.gpu != "gpu" and HERE / "proofs" not in request.path.parents:
+            patch.setitem(sys.modules, "cupy", None)
+        yield
+
+
 @contextlib.contextmanager
 def computing_on(backend, **options):
     """Compute on this backend: cpu, gpu, or gpu as simulated by simulated_gpu.py. Yields its array module."""

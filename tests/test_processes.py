@@ -74,11 +74,19 @@ def change(module, name, around):
     setattr(module, name, lambda *args: around(real, *args))
 
 
+def gpus(count, cards):
+    """Simulated GPUs, one in each process, which sees `count`; cards: what tells those of the ranks apart."""
+    cupy = simulated_gpu.install()
+    cupy.cuda.runtime.getDeviceCount = lambda: count
+    cupy.cuda.runtime.getDeviceProperties = lambda device: {"name": b"simulated GPU", "uuid": cards[rank()],
+                                                            "pciBusID": 0}
+    cupy.cuda.Device = lambda number=0, own=cupy.cuda.Device: own()  # each process has but the one
+    return cupy
+
+
 def job_gpu(*argv):
     """On simulated GPUs, one a rank, with MPI in the place of NCCL."""
-    cupy = simulated_gpu.install()
-    cupy.cuda.runtime.getDeviceCount = lambda: processes.world().size
-    cupy.cuda.Device = lambda number=0, own=cupy.cuda.Device: own()  # each process has but the one
+    gpus(processes.world().size, "abcd")
 
     class ThroughTheHost:
         def __init__(self, ranks):
@@ -93,6 +101,16 @@ def job_gpu(*argv):
     code = job_resnet(*argv)
     simulated_gpu.check_guards()
     return code
+
+
+def job_wrong_gpus(fault, *argv):
+    """Each rank sees one simulated GPU. Those of ranks 1 and 2 may be the same; rank 1 may have none, or no NCCL."""
+    cupy = gpus(1, "abb" if fault == "same" else "abc")
+    cupy.cuda.nccl.available = not (fault == "no NCCL" and rank() == 1)
+    if fault == "none" and rank() == 1:
+        cupy.cuda.runtime.getDeviceCount = lambda: 0
+    processes.Ranks.nccl = property(lambda ranks: 1 / 0)
+    return job_mlp(*argv)
 
 
 def job_slow(*argv):
@@ -256,6 +274,22 @@ def test_ranks_on_gpus(tmp_path):
     ended(2, "resnet", *flags(tmp_path / "cpu", **words))
     ended(2, "gpu", *flags(tmp_path / "gpu", **words), "--device", "gpu", "--precision", "fp32")
     assert_same(checkpoint(tmp_path / "cpu"), checkpoint(tmp_path / "gpu"), atol=1e-4)
+
+
+@with_mpi
+@pytest.mark.skipif(simulated_gpu.available() is not None, reason=f"no simulated GPU: {simulated_gpu.available()}")
+@pytest.mark.parametrize("fault, says", [
+    ("same", "ranks 1 and 2 compute on the same GPU, and each needs its own: start no more processes than there are "
+     "GPUs"),
+    ("none", "rank 0 computes on a GPU and rank 1 on a CPU: --device gpu says why, --device cpu takes CPUs alone"),
+    ("no NCCL", "ranks on GPUs need NCCL, which rank 1 does not have: on Linux install what requirements-gpu.txt "
+     "names, elsewhere start one process"),
+    ("not connected", "NCCL cannot connect the GPUs of the ranks: division by zero")])
+def test_ranks_whose_gpus_cannot_work_together(tmp_path, fault, says):
+    """One sentence before anything is trained"""
+    out, errors = ended(3, "wrong_gpus", fault, *flags(tmp_path, width=12, epochs=1, limit=20), expect=2)
+    assert re.findall("exp_mlp_mnist.py: (.*)", errors) == [says] and "Traceback" not in errors
+    assert not list(tmp_path.rglob("checkpoint.npz"))
 
 
 def emulated(s, ranks):
