@@ -4,10 +4,8 @@ The kernels are compiled for real where nvcc or CuPy is installed; plans are cuD
 there, where CuPy and cuDNN are installed. Run on the GPU or the simulated one: longer runs.
 """
 
-import importlib.util
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import logged_gpu  # noqa: E402
+from logged_gpu import H100  # noqa: E402
 from test_engines_gpu import PACKS, defines, nvcc, planner  # noqa: E402
 
 import exp_bottleneck as bottleneck  # noqa: E402
@@ -55,21 +55,6 @@ def test_kernels_compile(kind, pack, compute, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- cuDNN has plans
 
-# What cuDNN wants to find in the driver
-SYMBOLS = """
-    CtxGetCurrent CtxGetLimit CtxPopCurrent CtxPushCurrent DeviceGet DeviceGetCount DriverGetVersion GetErrorName
-    GetErrorString KernelGetAttribute KernelGetFunction KernelSetAttribute LaunchCooperativeKernel LaunchKernel
-    LaunchKernelEx LibraryGetKernel LibraryLoadData LibraryLoadFromFile LibraryUnload LinkAddData LinkComplete
-    LinkCreate LinkDestroy ModuleGetFunction ModuleLoadData ModuleUnload OccupancyMaxPotentialClusterSize StreamGetCtx
-    TensorMapEncodeIm2col TensorMapEncodeTiled
-""".split()
-H100 = dict(deviceVer=900, driverVer=13000, cudaDeviceId=0, totalGlobalMem=85899345920,
-            maxGridSize=[2147483647, 65535, 65535], maxBlockSize=[1024, 1024, 64], regsPerBlock=65536,
-            multiProcessorCount=132, smClockRateKHz=1980000, memClockRateKHz=2619000, memoryBusWidth=5120,
-            l2CacheSize=52428800, warpSize=32, maxSharedMemoryPerBlock=49152, maxSharedMemoryPerBlockOptin=232448,
-            reservedSharedMemoryPerBlock=1024, maxRegistersPerSM=65536, pciDeviceId=0, maxCtasPerSM=32,
-            maxThreadsPerBlock=1024, maxThreadsPerSM=2048, isTccDriver=0, supportCoopLaunch=1,
-            oversizedSharedMemoryPerBlock=0, maxSharedMemoryPerSM=233472, deviceName="NVIDIA H100 80GB HBM3", ENFORCE=1)
 A100 = H100 | dict(
     deviceVer=800, totalGlobalMem=40 * 2**30, multiProcessorCount=108, smClockRateKHz=1410000, memClockRateKHz=1215000,
     l2CacheSize=40 * 2**20, maxSharedMemoryPerBlockOptin=166912, maxSharedMemoryPerSM=167936,
@@ -128,6 +113,7 @@ def plan_all():
 
     All networks on the H100, and few on other cards; float64 for one.
     """
+    logged_gpu.library()  # cuDNN does not load without a driver
     gpu, found = planner(), []
     for network, layers, batches in all_convolutions():
         for card, precision in itertools.product(CARDS, PLANNED):
@@ -153,19 +139,13 @@ def plan_all():
     print(json.dumps(found))
 
 
-def test_cudnn_has_plans(tmp_path):
+def test_cudnn_has_plans():
     """For every convolution of the experiments, in all directions and precisions, without a GPU or driver; on an H100,
     and some on other cards.
     """
-    missing = [name for name in ("cupy", "cudnn") if importlib.util.find_spec(name) is None]
-    missing += [] if shutil.which("gcc") else ["gcc"]
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} would be needed")
-    source = "\n".join(f"int cu{name}(void) {{ return 100; }}" for name in SYMBOLS)  # 100: there is no device
-    subprocess.run(["gcc", "-shared", "-fPIC", "-xc", "-", "-o", str(tmp_path / "libcuda.so.1")], input=source,
-                   text=True, check=True)
-    paths = {"LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
-    done = subprocess.run([sys.executable, __file__], env=os.environ | paths, capture_output=True, text=True)
+    if reason := logged_gpu.missing():
+        pytest.skip(reason)
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     wrong = [line for line in found if not (len(line) == 4 and 0 <= line[3] <= line[1])]
