@@ -49,8 +49,8 @@ template <typename T, int K> __device__ void reduce(T (&s)[K][256], int width)
     }
 }
 
-// Whether this is the last of `count` blocks to come here, all of which have to call it: what they wrote before can then
-// be read, with __ldcg. counter: zero, and zero again afterwards.
+// Whether this is the last of `count` blocks to come here, all of which have to call it: what they wrote before can
+// then be read, with __ldcg. counter: zero, and zero again afterwards.
 __device__ __forceinline__ bool is_last(unsigned* counter, unsigned count)
 {
     __shared__ int last;
@@ -114,9 +114,8 @@ extern "C" __global__ void to_images(const void* x, int wide, integer sn, intege
 
 #define CHANNELS (lanes * V)  // of a block: a power of two, at most 256
 
-// Puts two numbers for each channel of the pack in this thread's lane, which each thread has found in its pixels, as
-// their sums over the block into sums (parts, 2, C). Whether this block is the last of its column, by the counter of the
-// column.
+// Each thread has found two numbers for each channel of the pack in its lane: their sums over the block go to sums
+// (parts, 2, C). Whether this block is the last of its column, by the counter of the column.
 __device__ __forceinline__ bool add_up(REAL (&s)[2 * V][256], const REAL* first, const REAL* second, int C, int lanes,
     REAL* sums, unsigned* counters)
 {

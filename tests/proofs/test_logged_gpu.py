@@ -43,7 +43,7 @@ NODES = {
 BESIDE = {"batch": 1, "cupy_add__float64_float64_float64": 2}
 LAST = 5  # epochs of a run; by then each batch has been seen three times
 UPLOADS = {"photographs": 4}  # pixels, labels, scale and shift; other images lie on the GPU
-BETWEEN = "batch", "to_images"  # what is done before a step, or in the first one after a start
+BETWEEN = "batch", "to_images"  # done before a step, or in the first one after a start
 AN_EPOCH = 4  # copies and fills more where an epoch begins or ends: its order and draws, sums, the learning rate
 WORK = "launch", "node", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch"  # what is done in a stream's order
 
@@ -351,8 +351,9 @@ def test_a_run_that_is_stopped_and_continued(log):
     captured, whole = graphs(log), {0: [], 3: []}
     for step in steps(log):
         if step.run in whole and step.what in ("train", "test"):
-            kernels = [words for call, words in done(step, captured) if call in ("launch", "node")]
-            whole[step.run].append((step.epoch, *step[0].words, [w for w in kernels if w[0] not in ("batch", "to_images")]))
+            kernels = [words for call, words in done(step, captured)
+                       if call in ("launch", "node") and words[0] not in BETWEEN]
+            whole[step.run].append((step.epoch, *step[0].words, kernels))
     for here, there in zip(whole[0], whole[3], strict=True):
         assert here == there, f"epoch {here[0]}, {here[1:3]}: {difference(here[3], there[3])}"
 
