@@ -636,7 +636,8 @@ class Parameter(Tensor):
     data, grad, mask: may be assigned (p.data = array, p.data += noise); they become copies. Data of another floating
         dtype give the parameter that dtype.
     mask: None, or a boolean array of data's shape; entries where it is False are zero and stay zero, whatever is
-        assigned. Only what is written into these arrays in place, as by p.data[0] = 1, passes by unseen.
+        assigned. Only what is written into these arrays in place, as by p.data[0] = 1, passes by unseen; on a GPU in
+        bf16 convolutions then go on with the values of before, until a step.
     density: the fraction of entries that are kept, 1 without a mask.
     pattern: what the engine knows of a mask of low density, so that work follows the kept entries; else None.
     name: its dotted name in the network whose parameters() were listed last, for messages.
