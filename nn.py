@@ -54,8 +54,9 @@ def use_device(device="auto", number=0, **options):
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         if "cudaErrorInsufficientDriver" in reason:  # or none at all
             has, needs = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+            older = 12000 <= has and has // 1000 < needs // 1000
             reason = (f"the driver's CUDA is {has // 1000}.{has % 1000 // 10} and CuPy's {needs // 1000}: "
-                      + ("requirements-gpu-cuda12.txt is for such a driver" if has >= 12000 else "update the driver")
+                      + ("requirements-gpu-cuda12.txt is for such a driver" if older else "update the driver")
                       if has else "there is no NVIDIA driver")
         if device == "gpu":
             raise RuntimeError(f"a GPU was asked for but cannot be used: {reason}") from None
@@ -206,14 +207,11 @@ class Tensor:
             node.parents, node.vjp = (), USED_UP
 
     def accumulate(self, g):
-        """Add g, an array that nothing else holds, to .grad. The first may be of a type of fewer bits than data's."""
+        """Add g, an array that nothing else holds, to .grad."""
         assert g.shape == self.shape, f"gradient of shape {g.shape} for data of shape {self.shape}"
-        dtype = self.data.dtype
-        if self.grad is not None:
-            g = engine.add(self.grad.astype(dtype, copy=False), g.astype(dtype, copy=False))
-        elif g.dtype is not dtype and g.dtype.itemsize >= dtype.itemsize:
-            g = g.astype(dtype, copy=False)
-        put(self, "grad", xp.asarray(g))
+        if g.dtype is not self.data.dtype:
+            g = g.astype(self.data.dtype, copy=False)
+        put(self, "grad", xp.asarray(g) if self.grad is None else engine.add(self.grad, g))
 
     # Operators and methods; the operations themselves are the functions below.
     def __add__(self, other): return add(self, other)
@@ -705,7 +703,13 @@ class Parameter(Tensor):
 
     def accumulate(self, g):
         """Add g to .grad; g may be what the engine gives for a mask of low density."""
-        super().accumulate(g if self.mask is None else engine.masked(g, self.mask, self.pattern, self.shape))
+        if self.mask is not None:
+            g = engine.masked(g, self.mask, self.pattern, self.shape)
+        if engine.narrow is not None and self.grad is None and g.ndim == 4 and g.dtype == engine.narrow:
+            return put(self, "grad", g)  # which SGD takes as it is
+        if self.grad is not None and self.grad.dtype is not self.data.dtype:
+            put(self, "grad", self.grad.astype(self.data.dtype, copy=False))
+        super().accumulate(g)
 
     @property
     def count(self):

@@ -239,6 +239,21 @@ def captured_steps(simulated):
     if wrong := [m for m in masks if captured[m.replace("mask", "weight")][~captured[m]].any()]:
         raise Fault(f"weights are not zero where they are masked: {', '.join(wrong)}")
     yield f"{len(weights)} arrays of weights moved, {len(masks)} are zero where they are masked"
+    if nn.to_host(nn.engine.counters).any():
+        raise Fault("counters of blocks are not zero after the steps: is_last of engines/gpu.cu is wrong")
+    x, g = (nn.engine.images(nn.xp.asarray(np.random.default_rng(n).standard_normal((32, 64, 16, 16)).astype("f")))
+            for n in (0, 1))
+    one, zero = nn.xp.ones(64, np.float32), nn.xp.zeros(64, np.float32)
+
+    def sums():  # which the last of many blocks adds up, whichever it is
+        _, saved = nn.engine.batch_norm(x, one, zero, zero.copy(), one.copy(), True, 0.1, 1e-5, None, False)
+        _, dweight, dbias, _ = nn.engine.batch_norm_gradients(g, x, None, one, saved, True, False)
+        return [nn.to_host(array).tobytes() for array in (saved, dweight, dbias)]
+
+    first, count = sums(), 3 if simulated else 1000
+    if wrong := [n for n in range(count) if sums() != first]:
+        raise Fault(f"sums over blocks differ in {len(wrong)} of {count} repetitions")
+    yield f"sums over blocks have the same bits in {count} repetitions"
 
 
 def checkpoints(simulated):
@@ -328,7 +343,7 @@ def speed(simulated):
 CHECKS = [
     ("what is here", here,
      "The GPU, its driver or a package cannot be used, so nothing else is tried. `nvidia-smi` must list the GPU, and "
-     "the packages must be those of requirements-gpu.txt for the driver's CUDA."),
+     "the packages must be those of requirements-gpu.txt or, for CUDA 12, of requirements-gpu-cuda12.txt."),
     ("the current stream is the engine's", current_stream,
      "Kernels and copies are not in one order, and captures stay empty: no later number counts. The stream that "
      "engines/gpu.py enters must stay on top of CuPy's stack."),
@@ -340,12 +355,13 @@ CHECKS = [
      "If the check before is ok, it is how operations follow each other: their order on the stream, memory that is "
      "used again too early, a layout; see check 5. If the loss agrees and the gradient in fp32 is off by 0.01 alone, "
      "rounding has opened other ReLUs, which is no defect."),
-    ("no kernel leaves its memory, races or waits in vain", sanitized,
+    ("no kernel leaves its memory; threads of a block do not race", sanitized,
      "compute-sanitizer saw an invalid access, a race or a barrier that not all threads reach. If one of our kernels "
      "is named, it is to be corrected in engines/gpu.cu; what is reported of cuDNN's alone may be a false alarm."),
     ("captured steps do what uncaptured ones do", captured_steps,
      "A CUDA graph misses work, holds an address that is used again, or is empty. Train with --no-graph until it is "
-     "found; captures are made in Compiled of engines/gpu.py."),
+     "found; captures are made in Compiled of engines/gpu.py. If sums over blocks differ, blocks race with each other, "
+     "which compute-sanitizer does not see: is_last of engines/gpu.cu."),
     ("checkpoints change nothing", checkpoints,
      "Downloads change the current stream, or memory that a graph works on. Compiled and to_host of engines/gpu.py are "
      "where to look."),

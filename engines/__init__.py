@@ -2,6 +2,8 @@
 
     name, xp, to_host(array), synchronize(), memory(), versions()       "cpu" or "gpu"; numpy or cupy; for records
     parameter(array), pattern(mask)        a parameter as it is stored; what the engine knows of a mask, or None
+    narrow                                 a type of fewer bits than parameters have, in which gradients of weights of
+                                           convolutions stay, or None
     moved                                  how often parameters or masks got another array, for what knows addresses
     masked(g, mask, pattern, shape)        a masked parameter's gradient as .grad keeps it
     add(x, y)                              the sum of two gradients of one shape

@@ -52,7 +52,7 @@ def kept(pattern):
 class Engine:
     """All functions take and return NumPy arrays."""
 
-    name, xp, moved = "cpu", np, 0
+    name, xp, moved, narrow = "cpu", np, 0, None
 
     def __init__(self):
         self.blas = contextlib.nullcontext()  # what the products of linear layers are done in

@@ -475,7 +475,8 @@ extern "C" __global__ void sgd(const Parts parts, const double* rate, double mom
             const REAL v = p.v[i] = mu * p.v[i] + g;
             g = nesterov ? g + mu * v : v;
         }
-        p.w[i] = w - lr * g;
-        if (p.copy) set(p.copy[j], w - lr * g);
+        const REAL next = w - lr * g;
+        p.w[i] = next;
+        if (p.copy) set(p.copy[j], next);
     }
 }

@@ -12,8 +12,10 @@ unless `deterministic` is off.
 """
 
 import contextlib
+import ctypes
 import functools
 import gc
+import os
 import weakref
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def pack(C, dtype):
     return next(v for v in (8, 4, 2, 1) if C % v == 0 and v * dtype.itemsize <= 16)
 
 
-def cut(pixels, packs):
+def split(pixels, packs):
     """(packs of channels to a block, columns of blocks, parts of the pixels) of a kernel that adds up over pixels:
     enough blocks, and enough work for each thread.
     """
@@ -124,6 +126,7 @@ class Engine:
         self.convolve = Convolutions(self.stream, precision == "fp32", deterministic, tune)
         self.functions, self.pool = weakref.WeakSet(), None  # compiled functions, and where their arrays lie
         self.images_in, self.labels_in, self.moved = None, None, 0
+        self.narrow = self.dtype if precision == "bf16" else None  # see engines/__init__.py
         self.counters = cupy.zeros(COUNTERS, np.uint32)  # see is_last in gpu.cu
         self.copies, self.copied = {}, 0  # address of weights: (weights, their copy), true while copied == moved
 
@@ -242,7 +245,7 @@ class Engine:
         """A kernel that adds up over the pixels of images (N, C, H, W), the first of which is not None."""
         x = images[0]
         C, M, v = x.shape[1], x.size // x.shape[1], pack(x.shape[1], x.dtype)
-        lanes, columns, parts = cut(M, C // v)
+        lanes, columns, parts = split(M, C // v)
         parts = parts if summed else 1
         assert columns <= COUNTERS, f"{C} channels"
         sums = cupy.empty((parts, 2, C), real(x.dtype))
@@ -320,14 +323,16 @@ class Engine:
 
     def product(self, a, b, bias=None):
         """a (M, K) @ b (K, N) + bias (N,): float32 without tensor cores."""
-        (M, K), (rows, N), dtype = a.shape, b.shape, a.dtype
-        fits = K == rows and (bias is None or bias.shape == (N,))
+        (M, K), (inner, N), dtype = a.shape, b.shape, a.dtype
+        fits = K == inner and (bias is None or bias.shape == (N,))
         if not fits or {x.dtype for x in (b, bias) if x is not None} != {dtype}:
             raise ValueError(f"{a.shape} of {dtype} cannot be multiplied with {b.shape} of {b.dtype}"
                              + ("" if bias is None else f" and added to {bias.shape} of {bias.dtype}"))
-        rows, columns = -(-M // 64), -(-N // 64)
+        c, rows, columns = cupy.empty((M, N), dtype), -(-M // 64), -(-N // 64)  # of tiles
+        if not c.size:
+            return c
         parts = max(1, min(128 // (rows * columns), K // 64))  # blocks enough for a GPU, and work for each
-        c, partial = cupy.empty((M, N), dtype), cupy.empty((parts, M, N), dtype) if parts > 1 else None
+        partial = cupy.empty((parts, M, N), dtype) if parts > 1 else None
         arguments = a, b, bias, c, np.int32(M), np.int32(N), np.int32(K), *strides(a), *strides(b)
         arguments += np.int32(parts), partial, self.counters
         kernel("product", dtype.name)((columns * parts, rows), (THREADS,), arguments)
@@ -373,9 +378,9 @@ class Engine:
 
     def sgd(self, params, velocities, rate, momentum, weight_decay, nesterov):
         """One step in place for all parameters (data, grad, mask, pattern) that have a gradient."""
-        moved = [(w, v, g, mask) for (w, g, mask, _), v in zip(params, velocities) if g is not None]
-        for first in range(0, len(moved), PARTS):
-            rows, dtype = moved[first : first + PARTS], moved[0][0].dtype
+        updated = [(w, v, g, mask) for (w, g, mask, _), v in zip(params, velocities) if g is not None]
+        for first in range(0, len(updated), PARTS):
+            rows, dtype = updated[first : first + PARTS], updated[0][0].dtype
             table, held = np.zeros(1, np.dtype([("at", PART, PARTS)])), []
             for i, (w, v, g, mask) in enumerate(rows):
                 copy, C, channels = self.copy_of(w), 1, 1  # of what lies in memory as weights do
@@ -383,7 +388,8 @@ class Engine:
                     C, channels = w.shape[1], self.padded(w.shape[1])
                 narrow = copy is not None and g.dtype == copy.dtype and channels_of(g) == channels
                 g = g if narrow else self.parameter(g.astype(w.dtype, copy=False))
-                assert g.shape == w.shape and w.dtype == dtype and w.size < 2**32, (g.shape, w.shape, w.dtype, dtype)
+                assert g.shape == w.shape and w.dtype == dtype == real(dtype), (g.shape, w.shape, w.dtype, dtype)
+                assert w.size < 2**32, w.shape
                 arrays = w, v, g, mask, copy
                 table["at"][0, i] = *(0 if a is None else a.data.ptr for a in arrays), w.size, C, channels, narrow
                 held.append(g)  # until the kernel is launched
@@ -488,6 +494,14 @@ def fresh(nbytes):
                           "or --width") from None
 
 
+def nodes(graph):
+    """How many nodes a captured graph has: CuPy does not tell, the driver does."""
+    driver, count = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1"), ctypes.c_size_t()
+    if error := driver.cuGraphGetNodes(ctypes.c_void_p(graph.graph), None, ctypes.byref(count)):
+        raise EngineError(f"the nodes of a CUDA graph could not be counted (error {error}); --no-graph does without")
+    return count.value
+
+
 class Compiled:
     """function(*arrays), which computes on the GPU alone, as CUDA graphs: one for all calls whose arrays have the same
     address, shape, strides and type.
@@ -537,7 +551,11 @@ class Compiled:
                 with contextlib.suppress(Exception):
                     stream.end_capture()
                 raise
-            return stream.end_capture(), returned
+            graph = stream.end_capture()
+            if not nodes(graph):
+                raise EngineError("nothing was captured of a step: it computes nothing, or on a stream that is not the "
+                                  "engine's; --no-graph does without")
+            return graph, returned
         except EngineError:
             raise
         except (RuntimeError, MemoryError) as error:

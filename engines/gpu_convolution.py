@@ -168,14 +168,16 @@ class Convolutions:
         strict = self.strict and dtype == "float32"
         graph, tensors = convolution(kind, x, w, y, dtype, stride, padding, strict, self.deterministic,
                                      handle=self.handle)
-        ran, reason = [], ""
+        ran, reason, kept = [], "", len(self.workspaces)
         for number in plans(graph, self.limit):
             size = graph.get_workspace_size_plan_at_index(number)
-            memory = scratch(size) if self.tune else self.workspace(size)  # of those timed only one is kept
+            # Too little memory is an error: the plan shall not depend on what is free. Of those timed one is kept.
+            memory = scratch(size) if self.tune else self.workspace(size)
             work = functools.partial(self.execute, graph, tensors, number, arrays, memory)
             try:
                 ran.append((milliseconds(work) if self.tune else work(), number))
-            except Exception as error:  # it can be built, but not run
+            except Exception as error:  # it can be built, but cuDNN refuses to run it
+                del self.workspaces[kept:]
                 reason = f", that can be run ({reason_of(error)})"
             if len(ran) == (TRIED if self.tune else 1):
                 break

@@ -226,7 +226,7 @@ def plain_warnings(begin, heard):
             print(begin + " ".join(str(message).split()), file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
 

@@ -12,6 +12,7 @@ Started without mpirun, or with one rank, nothing of this is done and mpi4py is 
 import functools
 import hashlib
 import os
+import platform
 import time
 import warnings
 
@@ -134,9 +135,10 @@ class Ranks(Alone):
                                "own: start no more processes than there are GPUs")
         if not all(ables):
             raise JobError(f"ranks on GPUs need NCCL, which rank {ables.index(False)} does not have: on Linux install "
-                           "what requirements-gpu.txt names, elsewhere start one process")
+                           "what the requirements for its CUDA name, elsewhere start one process")
         try:
-            card and self.nccl  # which connects them
+            if card:
+                self.nccl  # which connects them
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise JobError(f"NCCL cannot connect the GPUs of the ranks: {reason}") from None
@@ -162,7 +164,8 @@ def gpu():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of NCCL that is not there
         from cupy.cuda import nccl
-    return (properties["uuid"], properties["pciBusID"]), nccl.available  # CuPy ends an uuid at a byte of zero
+    # CuPy ends an uuid at a byte of zero, so that it alone may be that of another card
+    return (platform.node(), properties["uuid"], properties["pciBusID"]), nccl.available
 
 
 def flat(array):

@@ -761,6 +761,9 @@ def install():
             if not (real and name.split(".")[0] == "cuda"):
                 replaced[name] = sys.modules.get(name)
                 sys.modules[name] = module
+        import engines.gpu
+
+        engines.gpu.nodes = lambda graph: len(graph.recorded)  # it would ask the driver
     return modules["cupy"]
 
 

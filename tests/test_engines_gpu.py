@@ -352,7 +352,7 @@ def test_rounding_to_bfloat16(engine, rng):
 def test_batch_norm_of_many_pixels_far_from_zero(engine, rng, C):
     """Nothing cancels in the variance, and the parts into which the pixels are cut are put together."""
     gpu, shape = engine(precision="fp32"), (12, C, 24, 25)
-    assert module().cut(12 * 24 * 25, C // module().pack(C, np.dtype(np.float32)))[2] > 1
+    assert module().split(12 * 24 * 25, C // module().pack(C, np.dtype(np.float32)))[2] > 1
     for centre, bound in ((0, TOLERANCE["fp32"]), (1000, 1e-4)):  # measured: 4e-7; 2e-5, half a unit of 1000 is 3e-5
         arrays, wanted = zip(*(rounded(a, gpu) for a in statistics(rng, shape, centre)))
         got = batch_norm(gpu, *arrays)
@@ -380,6 +380,7 @@ def test_what_is_not_a_number_stays(engine, precision):
     labels = nn.xp.zeros(2, np.int64)
     loss, _, saved = gpu.cross_entropy(x[0, :, :, 0], labels, False)
     assert np.isnan(float(loss)) and saved is None
+    assert gpu.product(nn.xp.ones((0, 3)), nn.xp.ones((3, 2))).shape == (0, 2)
     with pytest.raises(AssertionError, match="int32"):
         gpu.cross_entropy(x[0, :, :, 0], labels.astype(np.int32), False)
     for label in (-1, 3, 2**32):  # no class: nothing outside is read
@@ -460,6 +461,20 @@ def test_sgd(engine, rng, options):
         again = nn.SGD(optimizer.params, lr=1.0, **options)
         again.load_state_dict(state)
         assert all(same_bits(v, state[name]) for name, v in again.state_dict().items())
+
+
+@PRECISIONS
+def test_types_of_gradients(engine, precision):
+    """In bf16 one gradient of a convolution's weights is as cuDNN gave it, the sum of two is float32; all others too."""
+    gpu, times = engine(precision=precision), 3
+    x = nn.Tensor(nn.xp.ones((1, 3, 4, 4), np.float32), requires_grad=True)
+    layer, last = nn.Conv2d(3, 2, 3), nn.Linear(2, 2)
+    for time in range(times):
+        nn.sum(last(nn.global_avg_pool(layer(x)))).backward()
+        assert layer.weight.grad.dtype == (gpu.dtype if time == 0 else np.float32)
+        assert x.grad.dtype == last.weight.grad.dtype == np.float32
+        once = host(layer.weight.grad) if time == 0 else once
+    assert (host(layer.weight.grad) == (times * once).astype(np.float32)).all() and once.any()
 
 
 @pytest.mark.parametrize("capture", [True, False])
@@ -767,6 +782,16 @@ def test_a_capture_of_nothing_is_an_error(engine):
         function()
     function()
     assert nn.to_host(total).tolist() == [3, 3, 3]
+
+    def elsewhere():
+        with nn.xp.cuda.Stream(non_blocking=True):
+            work()
+
+    for nothing in (elsewhere, lambda: None):
+        function = gpu.compiled(nothing)
+        function(), function()
+        with pytest.raises(EngineError, match="nothing was captured .*--no-graph does without"):
+            function()
 
 
 def test_memory_of_graphs(engine, monkeypatch):
