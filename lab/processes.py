@@ -134,8 +134,10 @@ class Ranks(Alone):
                 raise JobError(f"ranks {cards.index(other)} and {rank} compute on the same GPU, and each needs its "
                                "own: start no more processes than there are GPUs")
         if not all(ables):
-            raise JobError(f"ranks on GPUs need NCCL, which rank {ables.index(False)} does not have: on Linux install "
-                           "what the requirements for its CUDA name, elsewhere start one process")
+            from engines.gpu_convolution import requirements
+
+            raise JobError(f"ranks on GPUs need NCCL, which rank {ables.index(False)} does not have: on Linux "
+                           f"pip install -r {requirements()}, elsewhere start one process")
         try:
             if card:
                 self.nccl  # which connects them

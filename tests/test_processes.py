@@ -282,8 +282,8 @@ def test_ranks_on_gpus(tmp_path):
     ("same", "ranks 1 and 2 compute on the same GPU, and each needs its own: start no more processes than there are "
      "GPUs"),
     ("none", "rank 0 computes on a GPU and rank 1 on a CPU: --device gpu says why, --device cpu takes CPUs alone"),
-    ("no NCCL", "ranks on GPUs need NCCL, which rank 1 does not have: on Linux install what requirements-gpu.txt "
-     "names, elsewhere start one process"),
+    ("no NCCL", "ranks on GPUs need NCCL, which rank 1 does not have: on Linux pip install -r "
+     "requirements-gpu.txt, elsewhere start one process"),
     ("not connected", "NCCL cannot connect the GPUs of the ranks: division by zero")])
 def test_ranks_whose_gpus_cannot_work_together(tmp_path, fault, says):
     """One sentence before anything is trained"""
