@@ -1005,6 +1005,7 @@ def test_bfloat16_that_is_not_there(engine, monkeypatch):
              "pip install 'numpy>=2.1.2'"),
             (sys.modules, "ml_dtypes", None, "bfloat16 needs ml_dtypes: pip install -r requirements-gpu.txt")):
         with monkeypatch.context() as patch:
+            patch.setattr(np, "__version__", "2.1.2")
             patch.setitem(where, name, does) if where is sys.modules else patch.setattr(where, name, does)
             with pytest.raises(EngineError) as caught:
                 module().Engine(precision="bf16")
