@@ -177,7 +177,7 @@ def least_seconds(run, seconds):
 
 # ---------------------------------------------------------------------------------------------- ours, by function
 
-PARTS = ("fill", "weights", "conv", "conv_input_gradient", "conv_weight_gradient", "batch_norm", "batch_norm_gradients",
+PARTS = ("fill", "conv", "conv_input_gradient", "conv_weight_gradient", "batch_norm", "batch_norm_gradients",
          "add", "max_pool", "max_pool_gradient", "mean_pool", "mean_pool_gradient", "product", "cross_entropy", "sgd")
 
 
@@ -215,7 +215,7 @@ def described(name, args):
         x, out, separate = args[1], args[2], args[6]
         return sizes(x.shape[1:]) + (", add" if separate else "") + (", ReLU" if out is not None else ""), 0
     shape = next(a.shape for a in args if hasattr(a, "shape"))
-    return sizes(shape if name == "weights" else shape[1:]), 0
+    return sizes(shape[1:]), 0
 
 
 def layers(case, simulated):
