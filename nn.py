@@ -51,17 +51,10 @@ def use_device(device="auto", number=0, **options):
         cupy.cuda.Device(number % count).use()  # of one, each process may see another
         (cupy.zeros(1) + 1).sum()  # importing works without a driver, so launch something small
     except Exception as error:  # no cupy, no driver, no device, no compiler: each has its own type
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        if "cudaErrorInsufficientDriver" in reason:  # or none at all
-            has, needs = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
-            older = 12000 <= has and has // 1000 < needs // 1000
-            reason = (f"the driver's CUDA is {has // 1000}.{has % 1000 // 10} and CuPy's {needs // 1000}: "
-                      + ("requirements-gpu-cuda12.txt is for such a driver" if older else "update the driver")
-                      if has else "there is no NVIDIA driver")
         if device == "gpu":
-            raise RuntimeError(f"a GPU was asked for but cannot be used: {reason}") from None
+            raise RuntimeError(f"a GPU was asked for but cannot be used: {why_no_gpu(error)}") from None
         if getattr(error, "name", None) != "cupy":  # it is installed
-            warnings.warn(f"computing on the CPU, since the GPU cannot be used: {reason}", stacklevel=2)
+            warnings.warn(f"computing on the CPU, since the GPU cannot be used: {why_no_gpu(error)}", stacklevel=2)
         return "cpu"
     if number >= count > 1:
         raise RuntimeError(f"process {number + 1} of this machine finds {count} GPUs: start one for each")
@@ -70,6 +63,21 @@ def use_device(device="auto", number=0, **options):
     engine = Engine(**options)
     xp = engine.xp
     return "gpu"
+
+
+def why_no_gpu(error):
+    """In one line, from what CuPy raised."""
+    reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+    if "cudaErrorInsufficientDriver" not in reason:
+        return reason
+    from cupy.cuda import runtime
+
+    has, needs = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    if not has:
+        return "there is no NVIDIA driver"
+    older = 12000 <= has and has // 1000 < needs // 1000
+    return (f"the driver's CUDA is {has // 1000}.{has % 1000 // 10} and CuPy's {needs // 1000}: "
+            + ("requirements-gpu-cuda12.txt is for such a driver" if older else "update the driver"))
 
 
 def to_host(array):

@@ -145,13 +145,7 @@ def network_gradient(simulated):
     wanted, faults = [tests.gradients(seed) for seed in tests.SEEDS], []
     for precision in precisions(simulated):
         use_gpu(simulated, precision=precision)
-        errors = []
-        for seed, (loss, want) in zip(tests.SEEDS, wanted):
-            found, got = tests.gradients(seed)
-            wrong, size = (sum(np.sum(d**2) for d in ds) for ds in ([got[n] - g for n, g in want.items()],
-                                                                    want.values()))
-            errors.append(((wrong / size)**0.5, abs(found / loss - 1)))
-        (wrong, of_loss), (bound, _, bound_of_loss) = np.median(errors, axis=0), tests.GRADIENTS[precision]
+        (wrong, of_loss), (bound, _, bound_of_loss) = tests.gradient_errors(wanted), tests.GRADIENTS[precision]
         yield f"{precision}: error of the gradient, as one vector, {beside(wrong, bound)}; of the loss " \
               f"{beside(of_loss, bound_of_loss)}"
         faults += [] if wrong < bound and of_loss < bound_of_loss else [precision]

@@ -124,7 +124,7 @@ class Ranks(Alone):
                            "versions of this code, of NumPy and of the data, and the same kind of device")
 
     def check_devices(self):
-        card, able = gpu() if nn.engine.name == "gpu" else (None, True)
+        card, able = own_gpu() if nn.engine.name == "gpu" else (None, True)
         cards, ables = zip(*self.comm.allgather((card, able)))  # so that all ranks raise the same
         for rank, other in enumerate(cards):
             if (other is None) != (cards[0] is None):
@@ -158,7 +158,7 @@ class Ranks(Alone):
         self.comm.Abort(code)
 
 
-def gpu():
+def own_gpu():
     """(what tells the GPU on which this process computes from all others, whether CuPy has NCCL)"""
     import cupy
 
