@@ -153,7 +153,7 @@ class Buffer(np.ndarray):
 
     STORED = collections.OrderedDict()  # key: [memory], the key that was used last at the end
     LOCK = threading.RLock()  # an array may be collected within its own thread's turn
-    SPARE = 0.5  # used and stored memory together are at most this much more than was ever used at once
+    SPARE = 2**27, 0.1  # used and stored memory are at most so many bytes, or this part, more than was used at once
     used = most = stored = 0  # bytes
     key, halo = None, 0
 
@@ -179,7 +179,7 @@ class Buffer(np.ndarray):
                 else:
                     del cls.STORED[key]
                 return memory
-            while cls.STORED and cls.used + cls.stored > (1 + cls.SPARE) * cls.most:
+            while cls.STORED and cls.used + cls.stored > cls.most + max(cls.SPARE[0], cls.SPARE[1] * cls.most):
                 oldest = next(iter(cls.STORED))
                 cls.stored -= len(cls.STORED[oldest].pop())
                 if not cls.STORED[oldest]:

@@ -55,7 +55,7 @@ def statistics(x):
 
 def normalize(x, scale, shift, add, relu):
     """scale x + shift, for each channel, + add, then max(., 0) if relu: everything in one pass over (N, C, H, W)."""
-    out = empty(x.shape, x.dtype)
+    out = empty(x.shape, x.dtype, halo=int(relu))  # what is convolved next comes out of a ReLU
     scale, shift = per_channel(scale, x.dtype), per_channel(shift, x.dtype)
 
     def work(x, out, *rest):
