@@ -571,12 +571,12 @@ def conv2d(x, w, stride=1, padding=0):
         except EngineError as error:
             raise EngineError(f"{getattr(w, 'name', None) or 'a convolution'}: {error}") from None
 
-    weights = attempt(engine.weights, w.data)
-    out = attempt(engine.conv, x.data, weights, stride, padding)
+    weights, how = attempt(engine.weights, w.data), (stride, padding, getattr(w, "pattern", None))
+    out = attempt(engine.conv, x.data, weights, *how)
 
     def vjp(g):
-        return (attempt(engine.conv_input_gradient, g, weights, x.shape, stride, padding) if x.requires_grad else None,
-                attempt(engine.conv_weight_gradient, g, x.data, w.shape, stride, padding) if w.requires_grad else None)
+        return (attempt(engine.conv_input_gradient, g, weights, x.shape, *how) if x.requires_grad else None,
+                attempt(engine.conv_weight_gradient, g, x.data, w.shape, *how) if w.requires_grad else None)
 
     return result(out, (x, w), vjp)
 
@@ -646,10 +646,11 @@ class Parameter(Tensor):
         bf16 convolutions then go on with the values of before, until a step.
     density: the fraction of entries that are kept, 1 without a mask.
     pattern: what the engine knows of a mask of low density, so that work follows the kept entries; else None.
+    held: the gradient as it is held, with a pattern of the kept entries alone, (count,), until grad is looked at.
     name: its dotted name in the network whose parameters() were listed last, for messages.
     """
 
-    __slots__ = ("mask", "density", "pattern", "name")
+    __slots__ = ("mask", "density", "pattern", "held", "name")
 
     def __init__(self, data, mask=None):
         self.name = None
@@ -677,6 +678,16 @@ class Parameter(Tensor):
                 changed([self])
         put(self, name, value)
 
+    @property
+    def grad(self):
+        if self.held is not None and self.held.shape != self.shape:
+            put(self, "held", engine.whole(self.held, self.pattern))  # for good: what is written into it counts
+        return self.held
+
+    @grad.setter
+    def grad(self, value):
+        put(self, "held", value)
+
     def __setstate__(self, state):
         """Of copy and pickle, perhaps of another process, whose clock was another."""
         for name, value in state[1].items():
@@ -694,13 +705,14 @@ class Parameter(Tensor):
             mask = engine.parameter(given.astype(bool))
             if given.dtype != bool and not (mask == given).all():
                 raise ValueError("a mask is an array of booleans, or of 0 and 1")
+        grad = self.grad  # whole, as long as it has the mask of before
         put(self, "mask", mask)
         engine.moved += 1
         self.density, self.pattern = 1.0, None
         changed([self])
         if mask is not None:
             self.density, self.pattern = float(mask.mean()), engine.pattern(mask)
-            for array in (self.data, self.grad):
+            for array in (self.data, grad):
                 if array is not None:
                     array[~mask] = 0
 
@@ -712,12 +724,15 @@ class Parameter(Tensor):
     def accumulate(self, g):
         """Add g to .grad; g may be what the engine gives for a mask of low density."""
         if self.mask is not None:
-            g = engine.masked(g, self.mask, self.pattern, self.shape)
-        if engine.narrow is not None and self.grad is None and g.ndim == 4 and g.dtype == engine.narrow:
-            return put(self, "grad", g)  # which SGD takes as it is
-        if self.grad is not None and self.grad.dtype is not self.data.dtype:
-            put(self, "grad", self.grad.astype(self.data.dtype, copy=False))
-        super().accumulate(g)
+            g = engine.masked(g, self.mask, self.pattern)
+        if engine.narrow is not None and self.held is None and g.ndim == 4 and g.dtype == engine.narrow:
+            return put(self, "held", g)  # which SGD takes as it is
+        if self.pattern is None or self.held is not None and self.held.shape == self.shape:
+            if self.held is not None and self.held.dtype is not self.data.dtype:
+                put(self, "held", self.held.astype(self.data.dtype, copy=False))
+            return super().accumulate(g if self.pattern is None else engine.whole(g, self.pattern))
+        g = g.astype(self.dtype, copy=False)
+        put(self, "held", g if self.held is None else self.held + g)
 
     @property
     def count(self):
@@ -742,6 +757,18 @@ def inside(collection, prefix="", around=()):
                 yield from inside(value, f"{prefix}{name}.", around)
         else:
             yield f"{prefix}{name}", value
+
+
+def in_shape(values, positions, p):
+    """(values, mask) in the shape of the parameter p, of values at these positions; ValueError if they do not fit."""
+    values, positions = np.asarray(values), np.asarray(positions)
+    if (positions.dtype.kind not in "iu" or positions.ndim != 1 or values.shape != positions.shape
+            or np.any(np.diff(positions, prepend=-1, append=p.size) <= 0)):
+        raise ValueError(f"this state does not fit the network: {values.size} entries are kept of a parameter of "
+                         f"shape {p.shape}, at positions that are not so many, in order and within it")
+    whole, mask = np.zeros(p.size, values.dtype), np.zeros(p.size, bool)
+    whole[positions], mask[positions] = values, True
+    return whole.reshape(p.shape), mask.reshape(p.shape)
 
 
 def check_state(state):
@@ -800,10 +827,16 @@ class Module:
             p.name = name
         return [p for _, p in named]
 
-    def state_dict(self):
-        """name -> NumPy array: a copy of every parameter, its mask under "name.mask", and every saved array."""
+    def state_dict(self, kept=False):
+        """name -> NumPy array: a copy of every parameter, its mask under "name.mask", and every saved array.
+
+        kept: of a parameter with a pattern the kept entries alone, (count,), and under "name.kept" their positions.
+        """
         state = {}
         for name, p in self.named_parameters():
+            if kept and p.pattern is not None:
+                state[name], state[f"{name}.kept"] = p.data.reshape(-1)[p.pattern.kept], p.pattern.kept
+                continue
             state[name] = p.data
             if p.mask is not None:
                 state[f"{name}.mask"] = p.mask
@@ -811,13 +844,16 @@ class Module:
         return {name: np.array(to_host(value)) for name, value in state.items()}
 
     def load_state_dict(self, state):
-        """Take the values and masks of a state_dict() of the same network.
+        """Take the values and masks of a state_dict() of the same network, of all entries or of the kept ones alone.
 
         Raises ValueError that names what is missing, what is unexpected and what has another shape; nothing
         is changed then. Masks are taken as they come: a network becomes as sparse as the one that was saved.
         """
         check_state(state)
         parameters = dict(self.named_parameters())
+        state = dict(state)
+        for name in [name for name in parameters if f"{name}.kept" in state]:
+            state[name], state[f"{name}.mask"] = in_shape(state.get(name), state.pop(f"{name}.kept"), parameters[name])
         targets = {name: p.data for name, p in parameters.items()} | dict(self.named_arrays(xp.ndarray))
         masks = {f"{name}.mask": p.data for name, p in parameters.items()}
         known = targets | masks
@@ -1146,13 +1182,13 @@ class SGD:
     @np.errstate(under="ignore")  # of velocities that fade away
     def step(self):
         self.follow_masks()
-        params = [(p.data, p.grad, p.mask, p.pattern) for p in self.params]
+        params = [(p.data, p.held, p.mask, p.pattern) for p in self.params]
         self.velocity = engine.sgd(params, self.velocity, self.rate, self.momentum, self.weight_decay, self.nesterov)
-        changed([p for p in self.params if p.grad is not None])
+        changed([p for p in self.params if p.held is not None])
 
     def zero_grad(self):
         for p in self.params:
-            put(p, "grad", None)
+            put(p, "held", None)
 
     def state_dict(self):
         """{"velocity.0": array of one axis, ...} of the parameters that have one; where it is of the kept entries

@@ -5,7 +5,9 @@
     narrow                                 a type of fewer bits than parameters have, in which gradients of weights of
                                            convolutions stay, or None
     moved                                  how often parameters or masks got another array, for what knows addresses
-    masked(g, mask, pattern, shape)        a masked parameter's gradient as .grad keeps it
+    masked(g, mask, pattern)               a masked parameter's gradient as it is kept until the step
+    whole(kept, pattern)                   that of a mask with a pattern in the parameter's shape
+    state_dict, load_state_dict            what chooses between ways of computing that round differently
     add(x, y)                              the sum of two gradients of one shape
     linear, linear_gradients               x w^T + b
     cross_entropy, cross_entropy_gradient  of logits and labels, with the sum of the loss and the correct answers

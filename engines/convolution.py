@@ -90,12 +90,23 @@ def rows_weight_gradient(g, x, stride, padding, dw):
 
 
 def rows_input_gradient(g, w, stride, padding, dx):
-    """g (N, O, H', W'), w (O, C, kh, kw) -> dx (N, C, H, W)
+    """g (N, O, H', W'), w (O, C, kh, kw) -> dx (N, C, H, W)"""
+    C, N = w.shape[1], len(g)
+    for top, left, source, out in phases(g, w.shape, dx, stride, padding):
+        part = w[:, :, top::stride, left::stride][:, :, ::-1, ::-1]
+        (H, _, W, _), (h, c, v, e) = out.shape, out.strides
+        cut = pieces(part[..., 0].size * W * N, W, stride)
+        add_products([(part[..., q].transpose(1, 2, 0).reshape(C, -1),  # (O, C, k) -> (C, k O)
+                       matrices(source, 0, q, part.shape[2], (H, W), cut)) for q in range(part.shape[3])],
+                     as_strided(out, (H, cut, C, W // cut * N), (h, W // cut * v, c, e)))
 
-    Every stride-th row and column of dx is a convolution without stride, of g with every stride-th row and column of
-    the kernel in reverse order.
+
+def phases(g, w, dx, stride, padding):
+    """The parts of an input gradient dx (N, C, H, W), w the shape of the weights: every stride-th row and column of dx
+    is a convolution without stride, of g (N, O, H', W') with every stride-th row and column of the kernel in reverse
+    order. Yields (first row and first column of the kernel, g with a border (H'', O, W'', N), part of dx (H, C, W, N)).
     """
-    C, kernel, N = w.shape[1], w.shape[2:], len(g)
+    kernel = w[2:]
     if stride > np.min(kernel):  # some meet no entry of the kernel
         parallel(lambda first, last: rows(dx)[first:last].fill(0), dx.shape[2], 40 * dx.size)
 
@@ -107,18 +118,10 @@ def rows_input_gradient(g, w, stride, padding, dx):
         return first, count, len(range(phase, k, stride)) - 1 - skip, skip + count - size_out
 
     for top, left in np.ndindex(*np.minimum(kernel, stride)):
-        part = w[:, :, top::stride, left::stride][:, :, ::-1, ::-1]
         (i, H, *vertical), (j, W, *horizontal) = (
             axis(*a) for a in zip((top, left), kernel, dx.shape[2:], g.shape[2:]))
-        if H < 1 or W < 1:
-            continue
-        source = bordered(g, *vertical, *horizontal)
-        cut = pieces(part[..., 0].size * W * N, W, stride)
-        out = rows(dx)[i::stride, :, j::stride]
-        h, c, v, e = out.strides
-        add_products([(part[..., q].transpose(1, 2, 0).reshape(C, -1),  # (O, C, k) -> (C, k O)
-                       matrices(source, 0, q, part.shape[2], (H, W), cut)) for q in range(part.shape[3])],
-                     as_strided(out, (H, cut, C, W // cut * N), (h, W // cut * v, c, e)))
+        if H > 0 and W > 0:
+            yield top, left, bordered(g, *vertical, *horizontal), rows(dx)[i::stride, :, j::stride]
 
 
 # ---------------------------------------------------------------------------------------------- tiles
@@ -280,18 +283,17 @@ def sums_by_products(x, g, cost):
 # ---------------------------------------------------------------------------------------------- convolution
 
 
-def use_tiles(w, stride, size):
-    """Whether a convolution to images of this size is done in tiles."""
-    return stride == 1 and w[2:] == (3, 3) and min(w[:2]) >= TILES_FROM and not any(n % 4 for n in size)
+def kind(w, stride, size):
+    """How a convolution with weights of shape w to images of this size is done: in "tiles" or by "rows"."""
+    tiles = stride == 1 and w[2:] == (3, 3) and min(w[:2]) >= TILES_FROM and not any(n % 4 for n in size)
+    return "tiles" if tiles else "rows"
 
 
 def forward(x, w, stride, padding):
     """x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W')"""
-    if x.dtype != w.dtype or x.dtype.kind != "f":
-        raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}")
     size = output_size(x.shape, w.shape, stride, padding)
     y = empty((len(x), len(w), *size), x.dtype, halo=0)
-    if use_tiles(w.shape, stride, size):
+    if kind(w.shape, stride, size) == "tiles":
         tiles_forward(x, kernels_to_tiles(w), padding, y)
     else:
         rows_forward(x, w, stride, padding, y)
@@ -301,7 +303,7 @@ def forward(x, w, stride, padding):
 def input_gradient(g, w, shape, stride, padding):
     """The gradient with respect to x of this shape, from g (N, O, H', W')"""
     dx = empty(shape, g.dtype, halo=0)
-    if use_tiles(w.shape, stride, shape[2:]):
+    if kind(w.shape, stride, shape[2:]) == "tiles":
         # the convolution of g with the kernels turned round and (O, C) exchanged
         tiles_forward(g, kernels_to_tiles(w, turned=True).swapaxes(2, 3), 2 - padding, dx)
     else:
@@ -312,7 +314,7 @@ def input_gradient(g, w, shape, stride, padding):
 def weight_gradient(g, x, shape, stride, padding):
     """The gradient with respect to w of this shape, from g (N, O, H', W') and x (N, C, H, W)"""
     dw = np.empty(shape, g.dtype)
-    if use_tiles(shape, stride, g.shape[2:]):
+    if kind(shape, stride, g.shape[2:]) == "tiles":
         tiles_weight_gradient(g, x, padding, dw)
     else:
         rows_weight_gradient(g, x, stride, padding, dw)

@@ -1,61 +1,51 @@
-"""The engine of the CPU: NumPy, and of a masked weight of low density the kept entries alone.
+"""The engine of the CPU: NumPy, and of a masked weight of low density the kept entries alone, see sparse.py.
 
 Where BLAS multiplies, it uses as many threads as it is allowed to, beside convolutions one: see host.OneBlasThread.
 """
 
 import contextlib
+import math
 
 import numpy as np
 
-from engines import convolution, host, normalization, pool_size
-
-# Below these densities of a masked weight, touching only its kept entries is faster than the dense product.
-# Measured with OpenBLAS on one thread, batch 100: a kept weight costs 0.16 ns an example in the CSR product and
-# 0.5 ns in its gradient, an entry of a dense product 0.018 and 0.014 ns.
-SPARSE_PRODUCT, SPARSE_GRADIENT = 1 / 12, 1 / 36
+from engines import convolution, host, normalization, output_size, pool_size, sparse
+from engines.sparse import gather
 
 
-def gather(array, rows, out=None):
-    """array[rows] written into out; rows must be valid indices"""
-    return array.take(rows, axis=0, out=out, mode="clip")  # clip: no bounds check and no hidden copy
-
-
-class Pattern:
-    """What is known of the mask of a weight at low density.
-
-    kept: the positions of the kept entries in weight.reshape(-1), ascending, where gradients and updates touch only
-    them; else None. matrix(w): the kept weights in compressed sparse rows, for products, of a matrix.
-    """
-
-    def __init__(self, mask, density):
-        self.positions, self.shape, self.csr = np.flatnonzero(mask), mask.shape, None
-        self.kept = self.positions if density < SPARSE_GRADIENT else None
-
-    def matrix(self, w):
-        csr = self.csr
-        if csr is None:
-            from scipy.sparse import csr_array
-
-            rows, columns = np.divmod(self.positions, self.shape[1])
-            starts = np.searchsorted(rows, np.arange(self.shape[0] + 1))
-            csr = csr_array((np.zeros(len(rows), w.dtype), columns, starts), self.shape)
-        gather(w.reshape(-1), self.positions, out=csr.data)
-        self.csr = csr  # not before it is filled: another thread may want it
-        return csr
-
-
-def kept(pattern):
-    """The positions that take part in gradients and updates: those that are kept, or all"""
-    return slice(None) if pattern is None or pattern.kept is None else pattern.kept
+def of_kept(array, pattern):
+    """What a flat array of a weight's entries holds of the kept ones, all without a pattern; it may hold no others."""
+    return array if pattern is None or len(array) == len(pattern.kept) else gather(array, pattern.kept)
 
 
 class Engine:
     """All functions take and return NumPy arrays."""
 
     name, xp, moved, narrow = "cpu", np, 0, None
+    densities = None  # of sparse.measured, or of the run that goes on
 
     def __init__(self):
         self.blas = contextlib.nullcontext()  # what the products of linear layers are done in
+
+    def state_dict(self, measured=False):
+        """What decides how sums are rounded, and is not the same in every process, as soon as it was needed; measured:
+        even if it was not.
+        """
+        self.densities = self.densities or (sparse.measured() if measured else None)
+        return {kind: np.asarray(density) for kind, density in (self.densities or {}).items()}
+
+    def load_state_dict(self, state):
+        """Compute as the engine that gave this state, or without one as this machine does it best."""
+        self.densities = {kind: float(density) for kind, density in state.items()} or None
+
+    def cheaper(self, kind, pattern, *cost):
+        """Whether a product with the kept entries alone is cheaper than a dense one of this kind; cost: see sparse."""
+        if pattern is None:
+            return False
+        ours, dense = sparse.cost(len(pattern.kept), *cost), pattern.size * math.prod(cost[:2])
+        if ours >= dense:  # whatever the machine
+            return False
+        self.densities = self.densities or sparse.measured()
+        return ours < dense * self.densities[kind]
 
     def to_host(self, array):
         return array
@@ -83,17 +73,22 @@ class Engine:
 
     def pattern(self, mask):
         """The Pattern of a mask of low density, else None."""
-        density = mask.mean()
-        return Pattern(mask, density) if density < (SPARSE_PRODUCT if mask.ndim == 2 else SPARSE_GRADIENT) else None
+        return sparse.Pattern(mask) if mask.mean() < sparse.FEW else None
 
-    def masked(self, g, mask, pattern, shape):
-        """The gradient of a masked parameter of this shape, zero where masked; g may be of the kept entries alone."""
-        if pattern is None or pattern.kept is None:
-            bits = g.view(f"i{g.itemsize}")  # and all of -1 or none of 0: unlike g * mask, inf and NaN become zero too
-            np.bitwise_and(bits, -mask.view(np.int8), out=bits)
-            return g
-        out = np.zeros(shape, g.dtype)
-        out.reshape(-1)[pattern.kept] = g if g.shape == pattern.kept.shape else g.reshape(-1)[pattern.kept]
+    def masked(self, g, mask, pattern):
+        """The gradient of a masked parameter, zero where masked, or with a pattern of the kept entries alone, (kept,);
+        g may be that already.
+        """
+        if pattern is not None:
+            return of_kept(g.reshape(-1), pattern)
+        bits = g.view(f"i{g.itemsize}")  # and all of -1 or none of 0: unlike g * mask, inf and NaN become zero too
+        np.bitwise_and(bits, -mask.view(np.int8), out=bits)
+        return g
+
+    def whole(self, kept, pattern):
+        """What `masked` gave for a pattern, in the weight's shape"""
+        out = np.zeros(pattern.shape, kept.dtype)
+        out.reshape(-1)[pattern.kept] = kept
         return out
 
     def add(self, x, y):
@@ -104,13 +99,13 @@ class Engine:
 
     def linear(self, x, w, b, pattern):
         """x (N, in), w (out, in), b (out,) or None -> (x w^T + b (N, out), what the gradients need)"""
-        if pattern is None:
+        if self.cheaper("linear", pattern, len(x)):
+            xT = np.ascontiguousarray(x.T)  # (in, N): one contiguous row for each input
+            out = sparse.linear(xT, w, pattern)
+        else:
             xT = None
             with self.blas:
                 out = x @ w.T
-        else:
-            xT = np.ascontiguousarray(x.T)  # (in, N): one contiguous row for each input
-            out = (pattern.matrix(w) @ xT).T  # (N, out), stored as (out, N)
         if b is not None:
             out += b
         return out, xT
@@ -119,14 +114,15 @@ class Engine:
         """dx = g w, dw = g^T x, db = sum of g, of those that are wanted; dw perhaps of the kept entries alone"""
         dx = dw = db = None
         with self.blas:
-            if wanted[0]:  # the product in the order in which x is stored, so that what follows runs along memory
+            if wanted[0] and self.cheaper("linear", pattern, len(x)):
+                dx = sparse.linear_input_gradient(np.ascontiguousarray(g.T), w, pattern)
+            elif wanted[0]:  # the product in the order in which x is stored, so that what follows runs along memory
                 dx = g @ w if x.flags.c_contiguous else (w.T @ g.T).T
-            if wanted[1] and (pattern is None or pattern.kept is None):
-                dw = g.T @ x
+            if wanted[1] and self.cheaper("linear gradient", pattern, len(x)):
+                xT = np.ascontiguousarray(x.T) if xT is None else xT
+                dw = sparse.linear_weight_gradient(np.ascontiguousarray(g.T), xT, pattern)
             elif wanted[1]:
-                rows, columns = np.divmod(pattern.kept, w.shape[1])
-                gT = np.ascontiguousarray(g.T)  # (out, N)
-                dw = np.vecdot(gT.take(rows, 0), xT.take(columns, 0))  # (kept,)
+                dw = g.T @ x
         if wanted[2]:
             db = g.sum(axis=0)
         return dx, dw, db
@@ -160,13 +156,31 @@ class Engine:
         """What the next two functions take for weights w (O, C, kh, kw)"""
         return w
 
-    def conv(self, x, weights, stride, padding):
-        """x (N, C, H, W), weights (O, C, kh, kw) -> (N, O, H', W')"""
+    def conv(self, x, w, stride, padding, pattern=None):
+        """x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W')"""
+        if x.dtype != w.dtype or x.dtype.kind != "f":
+            raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}")
         self.blas = host.one_blas_thread  # from now on: linear layers are used beside convolutions
-        return convolution.forward(x, weights, stride, padding)
+        size = output_size(x.shape, w.shape, stride, padding)
+        pixels = math.prod(size)
+        if self.cheaper(convolution.kind(w.shape, stride, size), pattern, len(x), pixels, pixels):
+            return sparse.forward(x, w, pattern, stride, padding)
+        return convolution.forward(x, w, stride, padding)
 
-    conv_input_gradient = staticmethod(convolution.input_gradient)
-    conv_weight_gradient = staticmethod(convolution.weight_gradient)
+    def conv_input_gradient(self, g, w, shape, stride, padding, pattern=None):
+        """dx of this shape, from g (N, O, H', W')"""
+        pixels = math.prod(g.shape[2:])
+        if self.cheaper(convolution.kind(w.shape, stride, shape[2:]), pattern, len(g), pixels, math.prod(shape[2:])):
+            return sparse.input_gradient(g, w, pattern, shape, stride, padding)
+        return convolution.input_gradient(g, w, shape, stride, padding)
+
+    def conv_weight_gradient(self, g, x, shape, stride, padding, pattern=None):
+        """dw of this shape, or of the kept entries alone, from g (N, O, H', W') and x (N, C, H, W)"""
+        pixels, kind = math.prod(g.shape[2:]), convolution.kind(shape, stride, g.shape[2:])
+        if self.cheaper(f"{kind} gradient", pattern, len(x), pixels, shape[0]):
+            return sparse.weight_gradient(g, x, pattern, stride, padding)
+        return convolution.weight_gradient(g, x, shape, stride, padding)
+
     batch_norm = staticmethod(normalization.batch_norm)
     batch_norm_gradients = staticmethod(normalization.batch_norm_gradients)
 
@@ -210,7 +224,7 @@ class Engine:
 
     def velocity_from_host(self, flat, data, pattern):
         """flat: (size,), of all entries"""
-        return np.array(flat[kept(pattern)], dtype=data.dtype)
+        return np.array(of_kept(flat, pattern), dtype=data.dtype)
 
     def rate(self, lr, before):
         """What sgd takes for the learning rate lr; before: what this returned the last time."""
@@ -224,8 +238,8 @@ class Engine:
         for i, (data, grad, _, pattern) in enumerate(params):
             if grad is None:
                 continue
-            w, part = data.reshape(-1), kept(pattern)  # (size,), a view
-            g = grad.reshape(-1)[part]
+            w, part = data.reshape(-1), slice(None) if pattern is None else pattern.kept  # (size,), a view
+            g = of_kept(grad.reshape(-1), pattern)
             if weight_decay:
                 g = g + weight_decay * w[part]
             if momentum:

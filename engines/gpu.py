@@ -141,6 +141,13 @@ class Engine:
         pools = [cupy.get_default_memory_pool(), *([self.pool] if self.pool else [])]
         return sum(pool.total_bytes() for pool in pools) + sum(w.size for w in self.convolve.workspaces)
 
+    def state_dict(self, measured=False):
+        """Nothing that a run has to remember"""
+        return {}
+
+    def load_state_dict(self, state):
+        """What a run on a CPU chose does not matter here."""
+
     def versions(self):
         """What a record of a run on this GPU needs."""
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
@@ -180,7 +187,7 @@ class Engine:
         """Of no use here: weights are multiplied densely, and sgd reads the mask itself."""
         return None
 
-    def masked(self, g, mask, pattern, shape):
+    def masked(self, g, mask, pattern):
         """g as it is: each pass over it would be a launch, and sgd passes over masked entries anyway."""
         return g
 
@@ -213,7 +220,7 @@ class Engine:
                 copies[w.data.ptr] = w, self.images(w, self.padded(w.shape[1]))
         return copies[w.data.ptr][1]
 
-    def conv(self, x, w, stride, padding):
+    def conv(self, x, w, stride, padding, pattern=None):
         """x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W')"""
         channels = self.padded(x.shape[1])
         size = output_size(x.shape, w.shape, stride, padding)
@@ -224,14 +231,14 @@ class Engine:
         self.convolve("fprop", x, w, y, stride, padding, channels)
         return y
 
-    def conv_input_gradient(self, g, w, shape, stride, padding):
+    def conv_input_gradient(self, g, w, shape, stride, padding, pattern=None):
         """The gradient with respect to x of this shape, from g (N, O, H', W')"""
         g = self.images(g)
         dx = empty(shape, g.dtype)
         self.convolve("dgrad", dx, self.images(w), g, stride, padding, shape[1])
         return dx
 
-    def conv_weight_gradient(self, g, x, shape, stride, padding):
+    def conv_weight_gradient(self, g, x, shape, stride, padding, pattern=None):
         """The gradient with respect to w of this shape, from g (N, O, H', W') and x (N, C, H, W), in their type"""
         channels = self.padded(shape[1])
         g, x = self.images(g), self.images(x, channels)

@@ -85,9 +85,11 @@ class Ranks(Alone):
         start_sum = self.start_nccl if gpu else self.start_mpi
         pieces = []  # (array, which of its entries) of everything to be averaged, flat; masked entries stay at home
         for p in model.parameters():
-            grad = nn.xp.zeros_like(p.data) if p.grad is None else p.grad.astype(p.dtype, copy=False)
-            nn.put(p, "grad", nn.engine.parameter(grad))
-            pieces.append((flat(p.grad), slice(None) if gpu or p.mask is None else p.mask.reshape(-1)))
+            if p.held is None:
+                p.accumulate(nn.xp.zeros_like(p.data))
+            nn.put(p, "held", nn.engine.parameter(p.held.astype(p.dtype, copy=False)))
+            every = gpu or p.mask is None or p.held.shape != p.shape  # of those that are held
+            pieces.append((flat(p.held), slice(None) if every else p.mask.reshape(-1)))
         pieces += [(array.reshape(-1), slice(None)) for _, array in model.named_arrays(nn.xp.ndarray)]
         pending = []  # the bucket whose sum runs while the next one is put together
         for places, total in buckets(pieces):

@@ -33,7 +33,7 @@ from lab.settings import UsageError
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_EVERY = 0.5  # seconds between looks at loss and accuracy (on a GPU each look waits for it)
 FORMAT = 2  # of checkpoints
-PARTS = "model", "optimizer", "progress"  # of a checkpoint
+PARTS = "model", "optimizer", "progress", "engine"  # of a checkpoint
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
 
 # errors whose message says all that there is to say
@@ -63,7 +63,9 @@ class Run:
         """
         self.model, self.optimizer, self.dataset = model, optimizer, dataset
         self.stopped = self.at_the_end.enter_context(stop_signals())  # from before the first write
+        nn.engine.load_state_dict({})  # a run that went on may have been computed by this process before
         progress = self.load_checkpoint()
+        nn.engine.load_state_dict(self.ranks.broadcast(nn.engine.state_dict(measured=self.ranks.size > 1)))
         if self.ranks.rank == 0:
             remove_leftovers(self.folder)
             self.write_config(anew=progress is None)
@@ -155,7 +157,7 @@ class Run:
     def check_same_network(self, when):
         """Raise JobError unless all ranks hold the same network."""
         if self.ranks.size > 1:
-            state = [*self.model.state_dict().values(), *self.optimizer.state_dict().values()]
+            state = [*self.model.state_dict(kept=True).values(), *self.optimizer.state_dict().values()]
             self.ranks.check_same(when, "network", *state)
 
     def progress_bar(self):
@@ -215,7 +217,9 @@ class Run:
         """checkpoint.npz with all that a bit-identical continuation needs, then log.csv."""
         if self.ranks.rank:  # all ranks hold the same
             return
-        arrays = {f"{part}.{name}": value for part in PARTS for name, value in getattr(self, part).state_dict().items()}
+        state = {"model": self.model.state_dict(kept=True), "optimizer": self.optimizer.state_dict(),
+                 "progress": self.progress.state_dict(), "engine": nn.engine.state_dict()}
+        arrays = {f"{part}.{name}": value for part in PARTS for name, value in state[part].items()}
         arrays |= {"settings": np.asarray(json.dumps(self.settings.identity())), "format": np.asarray(FORMAT),
                    "data": np.asarray(self.dataset.digest)}
         self.write("checkpoint.npz", save_arrays(arrays))
@@ -321,6 +325,7 @@ class Run:
                     raise FileFault(f"{name} is of {part['model'][name].dtype} instead of {array.dtype}")
             self.model.load_state_dict(part["model"])
             self.optimizer.load_state_dict(part["optimizer"])
+            nn.engine.load_state_dict(part["engine"])
             return Progress(**part["progress"])
         except Exception as error:  # readers raise whatever they stumble on
             reason = error if isinstance(error, FileFault) else f"it is not of this network ({error})"

@@ -24,6 +24,7 @@ import exp_resnet_cifar as resnet
 import lab
 import lab.run
 import nn
+from engines import sparse
 from lab import command, files, setting
 from lab.settings import flag
 
@@ -162,6 +163,40 @@ def test_a_run_cut_at_any_checkpoint_goes_on_as_if_uncut(tmp_path, monkeypatch):
                 finished(cut)
             assert not cut.done()
     tiny.assert_same(finished(cut).folder, remains(whole.folder))
+
+
+def test_a_run_goes_on_with_the_products_that_it_began_with(tmp_path, monkeypatch):
+    """Those of the kept entries alone, in a process that would have chosen dense ones; the next run has its own."""
+    monkeypatch.setattr(sparse, "CALL", 0)
+    monkeypatch.setattr(lab.run, "LOOK_EVERY", -1)  # a checkpoint after each step
+    real, saves = lab.Run.save_checkpoint, []
+
+    def build(s):
+        model = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.ReLU(), nn.Flatten(),
+                              nn.Linear(64, 10))
+        nn.sparsify(model, 300, s.seed)
+        return model
+
+    def perform(name, density, end=999):
+        def save_and_die(self):
+            real(self)
+            saves.append(1)
+            if len(saves) == end:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(sparse, "measured", lambda: dict.fromkeys(sparse.TYPICAL, density))
+        with monkeypatch.context() as patch:
+            patch.setattr(lab.Run, "save_checkpoint", save_and_die)
+            experiment = replace(TINY, train=lambda run: tiny.train(run, build))
+            return finished(run_of(tmp_path / name, experiment, save_every=0))
+
+    whole = perform("whole", density=1.0)
+    saves.clear()
+    with pytest.raises(KeyboardInterrupt):
+        perform("cut", density=1.0, end=6)
+    tiny.assert_same(perform("cut", density=0.0).folder, remains(whole.folder))
+    with pytest.raises(AssertionError):
+        tiny.assert_same(perform("anew", density=0.0).folder, remains(whole.folder))
 
 
 def test_a_command_that_is_told_to_stop_goes_on_bit_for_bit(tmp_path):
