@@ -54,6 +54,10 @@ class Settings(lab.Settings):
         return (INPUTS + CLASSES) * (self.width if self.dense else self.base_width)
 
     @property
+    def cost(self):
+        return self.epochs, self.width, self.budget
+
+    @property
     def kept(self):
         """Weights kept by the first and last layer if --last fixes them, else None."""
         if self.last is None:

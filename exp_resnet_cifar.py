@@ -62,6 +62,10 @@ class Network(lab.Settings):
             object.__setattr__(self, "base_width", self.width)
             object.__setattr__(self, "dense", False)
 
+    @property
+    def cost(self):
+        return self.epochs, self.width, self.base_width
+
     def check(self):
         super().check()
         if self.base_width > self.width:

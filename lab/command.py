@@ -101,7 +101,7 @@ class DryRun(Run):
         self.table = [f"  {name:12} {'x'.join(map(str, layer.weight.shape)):>14} keeps {layer.weight.count:,} of "
                       f"{layer.weight.size:,}" for name, layer in nn.layers(model)]
         self.table.append(f"  {nn.weight_count(model):,} weights in all")
-        arrays = [*model.state_dict().values(), *optimizer.state_dict().values()]
+        arrays = [*model.state_dict(kept=True).values(), *optimizer.state_dict().values()]
         self.disk = sum(a.nbytes for a in arrays) + 100 * self.settings.epochs
         self.memory = nn.engine.memory() or peak_memory()
         self.seconds = self.settings.epochs * (self.training + self.testing)
@@ -191,7 +191,7 @@ def perform(experiment, settings, todo, argv, ranks):
         return 0
     if figure and not figure.trained:
         raise UsageError(f"{name} needs no training; --plot {name} draws it")
-    chosen = figure.runs(settings) if figure else [settings]
+    chosen = sorted(figure.runs(settings), key=lambda s: s.cost, reverse=True) if figure else [settings]
     for s in chosen:
         s.check()
     if todo.dry_run:

@@ -88,6 +88,11 @@ class Settings:
                 raise UsageError(f"{flag(f.name)} is for GPUs, and this would be trained on the CPU")
         return self
 
+    @property
+    def cost(self):
+        """What orders runs by how long they take: a sweep begins with costly ones, so that its processes end together."""
+        return self.epochs
+
     def identity(self):
         """The settings that decide what is trained, as a dict."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["place"]}

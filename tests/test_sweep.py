@@ -16,6 +16,7 @@ import tiny
 from tiny import TINY, finished, flags, run_of
 
 import exp_mlp_mnist as mlp
+import exp_resnet_cifar as resnet
 import lab
 from lab import command
 from lab.sweep import sweep, sweep_in_processes
@@ -188,6 +189,23 @@ for i, code in enumerate({codes}):
         patch.setenv("PMI_SIZE", "1")
         assert sweep_in_processes(len(codes), str(script), [str(tmp_path)]) == code
     assert sorted(capfd.readouterr().err.splitlines()) == sorted(says.splitlines())  # any worker may take any number
+
+
+@pytest.mark.parametrize("script, words, first, last", [
+    (mlp, "--list fig5 --seeds 2", ["width=640,seed=0,"], "width=5,seed=1,last=1.0,activation=linear"),
+    (mlp, "--list width --seeds 1", ["width=320,seed=0,dense=True"], "width=5,seed=0"),
+    (resnet, "--list fig1 --bases 8,18 --widths 8,18,64", ["width=64,base_width=64,", "width=64,base_width=64,",
+                                                           "width=64,base_width=64,", "width=64,base_width=18,"],
+     "width=8,base_width=8,seed=2")])
+def test_a_sweep_begins_with_costly_runs(script, words, first, last, tmp_path, capsys):
+    """The order of --list is that of a sweep."""
+    trained = []
+    experiment = replace(script.EXPERIMENT, train=lambda run: trained.append(run.settings.run_name()) or 1 / 0)
+    assert command.main(experiment, [*words.split(), "--out", str(tmp_path)]) == 0
+    runs = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines() if ": not begun" in line]
+    assert all(run.startswith(start) for run, start in zip(runs, first)) and runs[-1] == last
+    assert command.main(experiment, [*words.replace("--list", "--sweep").split(), "--out", str(tmp_path)]) == 1
+    assert trained == runs
 
 
 def test_list_says_what_is_done(tmp_path, capsys):
