@@ -2,6 +2,7 @@
 
     python bench/cpu.py mlp                a training step of the MLP beside PyTorch's (2.13, CPU)
     python bench/cpu.py resnet             a training step of ResNet-18 beside PyTorch's; --layers: layer by layer
+    python bench/cpu.py sparse [BASE ...]  ResNet-18 with the weights of width BASE (8) beside all, and PyTorch's
     python bench/cpu.py kernel             the sparse kernel, and the infinite one beside neural-tangents (JAX)
     python bench/cpu.py loader [FOLDER]    training crops of photographs a second, by threads; of FOLDER's JPEGs
     python bench/cpu.py allreduce          ResNet-18 on two ranks: the time to average gradients, scaling efficiency
@@ -138,11 +139,12 @@ RESNET_WIDTHS, RESNET_BATCH, RESNET_ROUNDS = (8, 18, 32, 64), 128, 4
 IMPLEMENTATIONS = ("ours", "NCHW", "channels_last")  # the last two are PyTorch's memory formats
 
 
-def resnet_ours(width):
-    """The training step of exp_resnet_cifar.py on one batch."""
+def resnet_ours(width, base):
+    """The training step of exp_resnet_cifar.py on one batch, with the weights of width `base`."""
     import exp_resnet_cifar
 
-    return training_step(exp_resnet_cifar.ResNet18(width), RESNET_BATCH, 32)
+    settings = exp_resnet_cifar.Settings(width=width, base_width=base)
+    return training_step(exp_resnet_cifar.build(settings, classes=10), RESNET_BATCH, 32)
 
 
 def training_step(model, batch, side):
@@ -176,8 +178,9 @@ def resnet_pytorch(width, memory_format):
 
 
 def resnet_step(name, width):
-    if name == "ours":
-        return resnet_ours(width)
+    """The function that does a training step; name: of IMPLEMENTATIONS, or a base width in digits."""
+    if name == "ours" or name.isdecimal():
+        return resnet_ours(width, width if name == "ours" else int(name))
     import torch
 
     return resnet_pytorch(width, torch.contiguous_format if name == "NCHW" else torch.channels_last)
@@ -248,36 +251,94 @@ def resnet_worker(name, width, layers):
         print(json.dumps([found, peak]), flush=True)
 
 
-def resnet(layers):
+def timed(names, width, layers="", rounds=RESNET_ROUNDS):
+    """({(name, layer): least seconds}, {name: peak MB}) of these implementations, each a process, in turn; a process
+    begins with its first round and ends with its last.
+    """
     import importlib.util
     if importlib.util.find_spec("torch") is None:
         sys.exit("PyTorch is not here to compare with: pip install torch==2.13.0")
+    workers, seconds, peak = {}, {}, {}
+    for left in reversed(range(rounds)):
+        for name in names:
+            if name not in workers:
+                words = [sys.executable, __file__, "resnet-worker", name, str(width), layers]
+                workers[name] = subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            process = workers[name]
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            found, peak[name] = json.loads(process.stdout.readline())
+            for key, value in found.items():
+                seconds[name, key] = min(value, seconds.get((name, key), value))
+            if not left:
+                process.stdin.close()
+                process.wait()
+    return seconds, peak
+
+
+def resnet(layers):
     what = "all gradients of each convolution" if layers else "a training step"
     print(f"ResNet-18, batch {RESNET_BATCH}, {os.cpu_count()} cores: {what}, best of {RESNET_ROUNDS} rounds")
     print("milliseconds: ours, PyTorch NCHW, channels_last, ratio to the better"
           + ("" if layers else "; peak memory of the process in MB: ours, that format's, ratio"))
     for width in RESNET_WIDTHS:
-        workers = {name: subprocess.Popen([sys.executable, __file__, "resnet-worker", name, str(width), layers],
-                                          text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                   for name in IMPLEMENTATIONS}
-        seconds, peak = {}, {}
-        for _ in range(RESNET_ROUNDS):
-            for name, process in workers.items():
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                found, peak[name] = json.loads(process.stdout.readline())
-                for key, value in found.items():
-                    seconds[name, key] = min(value, seconds.get((name, key), value))
-        for process in workers.values():
-            process.stdin.close()
-            process.wait()
-        for key in found:
+        seconds, peak = timed(IMPLEMENTATIONS, width, layers)
+        for key in [key for name, key in seconds if name == "ours"]:
             ours, *theirs = (1000 * seconds[name, key] for name in IMPLEMENTATIONS)
             line = f"{ours:8.1f} {theirs[0]:8.1f} {theirs[1]:8.1f} {ours / min(theirs):6.2f}"
             better = IMPLEMENTATIONS[1 + theirs.index(min(theirs))]
             print(f"width {width:3} {key if layers else '':22} {line}"
                   + ("" if layers else f"  {peak['ours']:7.0f} {peak[better]:7.0f} {peak['ours'] / peak[better]:6.2f}"),
                   flush=True)
+
+
+SPARSE_WIDTHS = 8, 18, 32, 64, 128, 256
+
+
+def sparse(bases):
+    """How the cost grows with the width where the weights do not; a picture of it goes to results/."""
+    import exp_resnet_cifar
+
+    print(f"ResNet-18, batch {RESNET_BATCH}, {os.cpu_count()} cores: milliseconds a training step, dense and with the "
+          f"weights of width {' and '.join(map(str, bases))}; PyTorch's is dense, in the faster of two memory formats")
+    rows = []
+    for width in SPARSE_WIDTHS:
+        bases_now = [str(base) for base in bases if base < width]
+        names, rounds = (*bases_now, *IMPLEMENTATIONS), 2 if width < 256 else 1
+        seconds, peak = timed(names, width, rounds=rounds)
+        theirs = min(IMPLEMENTATIONS[1:], key=lambda name: seconds[name, "step"])
+        row = {"width": width, "dense": seconds["ours", "step"], "PyTorch": seconds[theirs, "step"]}
+        print(f"width {width:3}: dense {1000 * row['dense']:7.0f} (of PyTorch's {1000 * row['PyTorch']:7.0f}: "
+              f"{row['dense'] / row['PyTorch']:.2f}; {peak['ours']:.0f} MB, of {peak[theirs]:.0f}: "
+              f"{peak['ours'] / peak[theirs]:.2f})", flush=True)
+        for name in bases_now:
+            row[name] = seconds[name, "step"]
+            model = exp_resnet_cifar.build(exp_resnet_cifar.Settings(width=width, base_width=int(name)), classes=10)
+            flop = RESNET_BATCH * operations(model, 32)
+            print(f"  weights of width {name:>2}: {1000 * row[name]:7.0f} (of PyTorch's: "
+                  f"{row[name] / row['PyTorch']:.2f}; {peak[name]:.0f} MB: {peak[name] / peak[theirs]:.2f}); "
+                  f"{flop / 1e9:.1f} GFLOP of kept weights, {flop / row[name] / 1e9:.0f} GFLOP/s", flush=True)
+        rows.append(row)
+    draw_sparse(rows, bases)
+
+
+def draw_sparse(rows, bases):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for name, label in (("PyTorch", "PyTorch, all weights"), ("dense", "ours, all weights"),
+                        *((str(base), f"ours, the weights of width {base}") for base in bases)):
+        shown = [row for row in rows if name in row]
+        axes.plot([row["width"] for row in shown], [row[name] for row in shown], "o-", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="width", ylabel="seconds a training step",
+             title=f"ResNet-18, 32 x 32 images, batch {RESNET_BATCH}, {os.cpu_count()} cores")
+    axes.set_xticks(SPARSE_WIDTHS, map(str, SPARSE_WIDTHS))
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(ROOT / "results" / "bench_sparse.png", dpi=150)
 
 
 # ---------------------------------------------------------------------------------------------- kernel
@@ -408,16 +469,18 @@ ASSUMED = 75e12, 300e12  # products and sums a second of one H100 in mixed preci
 
 
 def operations(model, side):
-    """Products and sums of a training step for one image: forward, and twice that for the two gradients."""
+    """Products and sums of a training step for one image and the kept weights: forward, and as many for each of the two
+    gradients.
+    """
     import numpy as np
 
     import nn
 
     total, forward = [], nn.engine.conv
 
-    def counted(x, w, stride, padding):
-        y = forward(x, w, stride, padding)
-        total.append(w.size * y.shape[2] * y.shape[3])
+    def counted(x, w, *how):
+        y = forward(x, w, *how)
+        total.append(np.count_nonzero(w) * y.shape[2] * y.shape[3])
         return y
 
     nn.engine.conv = counted
@@ -426,7 +489,7 @@ def operations(model, side):
     finally:
         nn.engine.conv = forward
         model.train()
-    return 6 * (sum(total) + model.classifier.weight.size)
+    return 6 * (sum(total) + model.classifier.weight.count)
 
 
 def imagenet():
@@ -502,6 +565,8 @@ if __name__ == "__main__":
         {"mlp": mlp, "kernel": kernel, "allreduce": allreduce, "imagenet": imagenet}[sys.argv[1]]()
     elif sys.argv[1:2] == ["loader"] and len(sys.argv) <= 3:
         loader(*sys.argv[2:])
+    elif sys.argv[1:2] == ["sparse"] and all(word.isdecimal() for word in sys.argv[2:]):
+        sparse(list(map(int, sys.argv[2:])) or [8])
     elif sys.argv[1:] in (["resnet"], ["resnet", "--layers"]):
         resnet("--layers" if len(sys.argv) == 3 else "")
     elif len(sys.argv) == 5 and sys.argv[1] == "resnet-worker":
