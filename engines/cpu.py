@@ -122,7 +122,7 @@ class Engine:
                 xT = np.ascontiguousarray(x.T) if xT is None else xT
                 dw = sparse.linear_weight_gradient(np.ascontiguousarray(g.T), xT, pattern)
             elif wanted[1]:
-                dw = g.T @ x
+                dw = g.T @ x if x.flags.c_contiguous else np.ascontiguousarray((x.T @ g).T)
         if wanted[2]:
             db = g.sum(axis=0)
         return dx, dw, db
