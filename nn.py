@@ -646,7 +646,8 @@ class Parameter(Tensor):
         bf16 convolutions then go on with the values of before, until a step.
     density: the fraction of entries that are kept, 1 without a mask.
     pattern: what the engine knows of a mask of low density, so that work follows the kept entries; else None.
-    held: the gradient as it is held, with a pattern of the kept entries alone, (count,), until grad is looked at.
+    held: the gradient as it is held: with a pattern of the kept entries alone, (count,), until grad is looked at or
+        assigned or the mask changes, then whole.
     name: its dotted name in the network whose parameters() were listed last, for messages.
     """
 
@@ -687,6 +688,11 @@ class Parameter(Tensor):
     @grad.setter
     def grad(self, value):
         put(self, "held", value)
+
+    def __getstate__(self):
+        """For copy and pickle: without grad, which `held` stands for"""
+        slots = (name for kind in type(self).__mro__ for name in getattr(kind, "__slots__", ()))
+        return None, {name: getattr(self, name) for name in slots if name != "grad"}
 
     def __setstate__(self, state):
         """Of copy and pickle, perhaps of another process, whose clock was another."""
@@ -732,7 +738,7 @@ class Parameter(Tensor):
                 put(self, "held", self.held.astype(self.data.dtype, copy=False))
             return super().accumulate(g if self.pattern is None else engine.whole(g, self.pattern))
         g = g.astype(self.dtype, copy=False)
-        put(self, "held", g if self.held is None else self.held + g)
+        put(self, "held", g if self.held is None else self.held.astype(self.dtype, copy=False) + g)
 
     @property
     def count(self):

@@ -314,7 +314,7 @@ def sparse(bases):
         for name in bases_now:
             row[name] = seconds[name, "step"]
             model = exp_resnet_cifar.build(exp_resnet_cifar.Settings(width=width, base_width=int(name)), classes=10)
-            flop = RESNET_BATCH * operations(model, 32)
+            flop = RESNET_BATCH * operations(model, 32, kept=True)
             print(f"  weights of width {name:>2}: {1000 * row[name]:7.0f} (of PyTorch's: "
                   f"{row[name] / row['PyTorch']:.2f}; {peak[name]:.0f} MB: {peak[name] / peak[theirs]:.2f}); "
                   f"{flop / 1e9:.1f} GFLOP of kept weights, {flop / row[name] / 1e9:.0f} GFLOP/s", flush=True)
@@ -468,9 +468,9 @@ IMAGENET_BATCH, IMAGENET_WIDTHS, IMAGENET_EPOCHS, IMAGENET_IMAGES = 16, (64, 90,
 ASSUMED = 75e12, 300e12  # products and sums a second of one H100 in mixed precision: 8 and 30 % of its peak
 
 
-def operations(model, side):
-    """Products and sums of a training step for one image and the kept weights: forward, and as many for each of the two
-    gradients.
+def operations(model, side, kept=False):
+    """Products and sums of a training step for one image: forward, and as many for each of the two gradients; kept: of
+    the kept weights alone.
     """
     import numpy as np
 
@@ -480,7 +480,7 @@ def operations(model, side):
 
     def counted(x, w, *how):
         y = forward(x, w, *how)
-        total.append(np.count_nonzero(w) * y.shape[2] * y.shape[3])
+        total.append((np.count_nonzero(w) if kept else w.size) * y.shape[2] * y.shape[3])
         return y
 
     nn.engine.conv = counted
@@ -489,7 +489,7 @@ def operations(model, side):
     finally:
         nn.engine.conv = forward
         model.train()
-    return 6 * (sum(total) + model.classifier.weight.count)
+    return 6 * (sum(total) + (model.classifier.weight.count if kept else model.classifier.weight.size))
 
 
 def imagenet():

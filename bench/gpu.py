@@ -198,7 +198,7 @@ def described(name, args):
         first, second, third = args[:3]
         x, w = {"conv": lambda: (first.shape, second.shape), "conv_input_gradient": lambda: (third, second.shape),
                 "conv_weight_gradient": lambda: (second.shape, third)}[name]()
-        (N, C, H, W), (O, _, k, _), (stride, padding) = x, w, args[-2:]
+        (N, C, H, W), (O, _, k, _), (stride, padding) = x, w, args[-3:-1]
         h = (H + 2 * padding - k) // stride + 1
         stride = f" / {stride}" if stride > 1 else ""
         return f"{C} -> {O}, {H} x {W}, {k} x {k}{stride}", 2 * N * O * C * k * k * h * h

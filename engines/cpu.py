@@ -21,31 +21,36 @@ class Engine:
     """All functions take and return NumPy arrays."""
 
     name, xp, moved, narrow = "cpu", np, 0, None
-    densities = None  # of sparse.measured, or of the run that goes on
-
     def __init__(self):
+        self.densities = {}  # those that were needed, of sparse.measured or of the run that goes on
         self.blas = contextlib.nullcontext()  # what the products of linear layers are done in
 
     def state_dict(self, measured=False):
-        """What decides how sums are rounded, and is not the same in every process, as soon as it was needed; measured:
+        """What decides how sums are rounded, and is not the same in every process, as far as it was needed; measured:
         even if it was not.
         """
-        self.densities = self.densities or (sparse.measured() if measured else None)
-        return {kind: np.asarray(density) for kind, density in (self.densities or {}).items()}
+        for kind in sparse.TYPICAL if measured else ():
+            self.density(kind)
+        return {kind: np.asarray(density) for kind, density in self.densities.items()}
 
     def load_state_dict(self, state):
-        """Compute as the engine that gave this state, or without one as this machine does it best."""
-        self.densities = {kind: float(density) for kind, density in state.items()} or None
+        """Compute as the engine that gave this state, and where it does not say as this machine does it best."""
+        if unknown := set(state) - set(sparse.TYPICAL):
+            raise ValueError(f"there is no kind of product called {min(unknown)!r}")
+        self.densities = {kind: float(density) for kind, density in state.items()}
+
+    def density(self, kind):
+        """The density of a masked weight below which a product with the kept entries alone is cheaper than this kind"""
+        if kind not in self.densities:
+            self.densities = sparse.measured(kind) | self.densities
+        return self.densities[kind]
 
     def cheaper(self, kind, pattern, *cost):
         """Whether a product with the kept entries alone is cheaper than a dense one of this kind; cost: see sparse."""
         if pattern is None:
             return False
         ours, dense = sparse.cost(len(pattern.kept), *cost), pattern.size * math.prod(cost[:2])
-        if ours >= dense:  # whatever the machine
-            return False
-        self.densities = self.densities or sparse.measured()
-        return ours < dense * self.densities[kind]
+        return ours < dense and ours < dense * self.density(kind)  # the first whatever the machine
 
     def to_host(self, array):
         return array
@@ -170,7 +175,8 @@ class Engine:
     def conv_input_gradient(self, g, w, shape, stride, padding, pattern=None):
         """dx of this shape, from g (N, O, H', W')"""
         pixels = math.prod(g.shape[2:])
-        if self.cheaper(convolution.kind(w.shape, stride, shape[2:]), pattern, len(g), pixels, math.prod(shape[2:])):
+        calls = math.prod(-(-n // stride) * min(k, stride) for n, k in zip(shape[2:], w.shape[2:]))
+        if self.cheaper(convolution.kind(w.shape, stride, shape[2:]), pattern, len(g), pixels, calls):
             return sparse.input_gradient(g, w, pattern, shape, stride, padding)
         return convolution.input_gradient(g, w, shape, stride, padding)
 

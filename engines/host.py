@@ -87,10 +87,13 @@ class OneBlasThread:
 
 
 one_blas_thread = OneBlasThread()
+measuring = threading.Lock()  # held while one thread measures for all of the process
 
 
 def after_fork():
     """In a forked process: the threads of its parent are not there, and locks may be held for good."""
+    global measuring
+    measuring = threading.Lock()
     pool.cache_clear()
     one_blas_thread.lock, one_blas_thread.inside = threading.Lock(), 0
     Buffer.LOCK = threading.RLock()
@@ -235,7 +238,9 @@ def bordered(x, top, bottom, left, right):
     x = rows(x)
     H, C, W, N = x.shape
     full, need = x.base, max(top, bottom, left, right)
-    if need <= 0 and x.strides == (C * x.strides[1], x.strides[1], N * x.itemsize, x.itemsize):
+    line = N * x.itemsize  # bytes of a pixel of all images
+    if need <= 0 and x.strides == (C * x.strides[1], x.strides[1], line, x.itemsize) and (
+            x.strides[1] > 0 and x.strides[1] % line == 0):
         return x[-top : H + bottom, :, -left : W + right]
     if full is not None and isinstance(full.base, Buffer) and need <= full.base.halo:
         halo = full.base.halo

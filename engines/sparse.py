@@ -12,33 +12,43 @@ channels: product 14, 11, 9 and 6, weight gradient 10, 8, 4 and 1.4; dense ones 
 
 import functools
 import math
-import threading
 import time
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from engines import convolution, output_size
-from engines.host import bordered, empty, parallel, rows
+from engines import convolution, host, output_size
+from engines.host import bordered, empty, parallel, rows, scratch
 
 FEW = 1 / 4  # below this density gradients, velocities and updates are of the kept entries alone
 ENTRY, CALL = 20, 10**5  # what an entry takes besides its N multiplications, and a call from Python, in multiplications
 BLOCK = 2**19  # entries gathered at a time
 SHORT = 2**15  # multiplications between two calls from Python, which two threads would spend waiting for each other
-COST = 8  # of a multiplication here in those of a dense product, of which host.WORTH tells how many occupy two threads
+COST = 8  # a multiplication here takes as long as so many of a dense product, which `parallel` counts in
 
 
 class Pattern:
     """The kept entries of a weight (O, C, kh, kw) or (out, in).
 
-    kept: their positions in weight.reshape(-1), ascending. places: the coordinates of each. edges: where those of each
-    output begin among them, and the end.
+    kept: their positions in weight.reshape(-1), ascending.
     """
 
     def __init__(self, mask):
         self.kept, self.shape, self.size, self.matrices = np.flatnonzero(mask), mask.shape, mask.size, {}
-        self.places = np.unravel_index(self.kept, mask.shape)
-        self.edges = np.searchsorted(self.places[0], np.arange(len(mask) + 1))
+
+    def __getstate__(self):
+        """For copy and pickle: what is made again when it is needed stays behind, so that no copy shares it."""
+        return {"kept": self.kept, "shape": self.shape, "size": self.size, "matrices": {}}
+
+    @functools.cached_property
+    def places(self):
+        """The coordinates of each kept entry"""
+        return tuple(axis.astype(np.int32) for axis in np.unravel_index(self.kept, self.shape))
+
+    @functools.cached_property
+    def edges(self):
+        """Where the entries of each output begin among the kept ones, and the end"""
+        return np.searchsorted(self.places[0], np.arange(self.shape[0] + 1))
 
     def matrix(self, w, key, make):
         """The kept entries of w as a matrix in compressed sparse rows. make() gives (which of the kept entries, row and
@@ -150,7 +160,7 @@ def linear(xT, w, pattern):
         out, column = pattern.places
         return slice(None), out, column, *w.shape
 
-    return (pattern.matrix(w, "linear", make) @ xT).T
+    return (pattern.matrix(w, "linear", make) @ xT).astype(xT.dtype, copy=False).T  # float16 comes out as float32
 
 
 def linear_input_gradient(gT, w, pattern):
@@ -159,21 +169,22 @@ def linear_input_gradient(gT, w, pattern):
         out, column = pattern.places
         return slice(None), column, out, *w.T.shape
 
-    return (pattern.matrix(w, "transposed", make) @ gT).T
+    return (pattern.matrix(w, "transposed", make) @ gT).astype(gT.dtype, copy=False).T
 
 
 def linear_weight_gradient(gT, xT, pattern):
     """The kept entries of g^T x, (kept,)"""
-    out, column = pattern.places
-    return np.vecdot(gather(gT, out), gather(xT, column))
+    shape = len(pattern.kept), gT.shape[1]
+    a, b = (gather(rows, places, out=scratch(shape, gT.dtype)) for rows, places in zip((gT, xT), pattern.places))
+    return np.vecdot(a, b)
 
 
 # ---------------------------------------------------------------------------------------------- which is cheaper
 
 # The density below which the kept entries alone are cheaper, but for what `cost` adds, by the kind of dense product:
 # about as it is on a Zen 4 with one thread and two, and with kernels for AVX2.
-TYPICAL = {"rows": 0.2, "tiles": 0.08, "rows gradient": 0.1, "tiles gradient": 0.05, "linear": 0.1,
-           "linear gradient": 0.04}
+TYPICAL = {"rows": 0.17, "tiles": 0.07, "rows gradient": 0.1, "tiles gradient": 0.06, "linear": 0.12,
+           "linear gradient": 0.06}
 
 
 def cost(kept, N, pixels=1, calls=1):
@@ -181,45 +192,53 @@ def cost(kept, N, pixels=1, calls=1):
     return kept * (N + ENTRY) * pixels + CALL * calls
 
 
-def measured():
-    """TYPICAL as this machine has it, but for factors of two: what is chosen decides how sums are rounded, and should
-    not depend on what else the machine has to do. Takes half a second, once in a process.
+def measured(kind):
+    """{kind: the density} for all kinds of convolutions, or of linear layers, whichever this one is of: TYPICAL, unless
+    this machine is off by a factor of two or more. What is chosen decides how sums are rounded, and should hardly
+    depend on what else the machine has to do. Takes half a second for convolutions, once in a process.
     """
-    with LOCK:
-        return measure()
-
-
-LOCK = threading.Lock()
+    with host.measuring, host.one_blas_thread:
+        return measure_linear() if kind.startswith("linear") else measure_convolutions()
 
 
 @functools.cache
-def measure():
+def measure_convolutions():
     rng, N, C, side = np.random.default_rng(0), 128, 64, 16
     mask = rng.random((C, C, 3, 3)) < 1 / 16
     w, pattern = (mask * rng.standard_normal(mask.shape)).astype(np.float32), Pattern(mask)
     x, y, dw = empty((N, C, side, side), np.float32), empty((N, C, side, side), np.float32), np.empty_like(w)
-    x[...], y[...] = rng.standard_normal(x.shape), rng.standard_normal(y.shape)
-    flat, mask = rng.standard_normal((N, 784), np.float32), rng.random((256, 784)) < 1 / 16
-    matrix, linear_pattern = (mask * rng.standard_normal(mask.shape)).astype(np.float32), Pattern(mask)
-    g = flat[:, :256]
+    x[...], y[...] = rng.standard_normal((2, *x.shape), np.float32)
+    product = seconds(lambda: forward(x, w, pattern, 1, 1)) / cost(len(pattern.kept), N, side**2, side**2)
+    gradient = seconds(lambda: weight_gradient(y, x, pattern, 1, 1)) / cost(len(pattern.kept), N, side**2, C)
+    dense = {"rows": lambda: convolution.rows_forward(x, w, 1, 1, y),
+             "tiles": lambda: convolution.tiles_forward(x, convolution.kernels_to_tiles(w), 1, y),
+             "rows gradient": lambda: convolution.rows_weight_gradient(y, x, 1, 1, dw),
+             "tiles gradient": lambda: convolution.tiles_weight_gradient(y, x, 1, dw)}
+    return {kind: near_typical(kind, seconds(work) / (w.size * N * side**2) / (gradient if "grad" in kind else product))
+            for kind, work in dense.items()}
 
-    def sparse_gradient():
-        return linear_weight_gradient(np.ascontiguousarray(g.T), np.ascontiguousarray(flat.T), linear_pattern)
 
-    conv, conv_gradient = lambda: forward(x, w, pattern, 1, 1), lambda: weight_gradient(y, x, pattern, 1, 1)
-    pairs = {"rows": (conv, lambda: convolution.rows_forward(x, w, 1, 1, y)),
-             "tiles": (conv, lambda: convolution.tiles_forward(x, convolution.kernels_to_tiles(w), 1, y)),
-             "rows gradient": (conv_gradient, lambda: convolution.rows_weight_gradient(y, x, 1, 1, dw)),
-             "tiles gradient": (conv_gradient, lambda: convolution.tiles_weight_gradient(y, x, 1, dw)),
-             "linear": (lambda: linear(np.ascontiguousarray(flat.T), matrix, linear_pattern), lambda: flat @ matrix.T),
-             "linear gradient": (sparse_gradient, lambda: g.T @ flat)}
-    found = {}
-    for kind, (sparse, dense) in pairs.items():
-        one, pixels = (linear_pattern, 1) if kind.startswith("linear") else (pattern, side * side)
-        ours = cost(len(one.kept), N, pixels, C if kind.endswith("gradient") and pixels > 1 else pixels)
-        ratio = ours / (math.prod(one.shape) * N * pixels) * seconds(dense) / seconds(sparse) / TYPICAL[kind]
-        found[kind] = TYPICAL[kind] * 2.0 ** round(math.log2(ratio))
-    return found
+@functools.cache
+def measure_linear():
+    rng, N, size = np.random.default_rng(0), 128, (128, 784)
+    mask = rng.random(size) < 1 / 32
+    w, pattern = (mask * rng.standard_normal(size)).astype(np.float32), Pattern(mask)
+    x, g = rng.standard_normal((N, size[1]), np.float32), rng.standard_normal((N, size[0]), np.float32)
+
+    def gradient():
+        return linear_weight_gradient(np.ascontiguousarray(g.T), np.ascontiguousarray(x.T), pattern)
+
+    kept, dense = cost(len(pattern.kept), N), w.size * N
+    pairs = {"linear": (lambda: linear(np.ascontiguousarray(x.T), w, pattern), lambda: x @ w.T),
+             "linear gradient": (gradient, lambda: g.T @ x)}
+    return {kind: near_typical(kind, seconds(whole) / dense / (seconds(sparse) / kept))
+            for kind, (sparse, whole) in pairs.items()}
+
+
+def near_typical(kind, density):
+    """The typical density unless this one is off by a factor of two or more: then by two, or by four, the most."""
+    power = int(math.log2(density / TYPICAL[kind]))  # towards 0
+    return TYPICAL[kind] * 2.0 ** min(max(power, -2), 2)
 
 
 def seconds(work):

@@ -32,7 +32,7 @@ from lab.settings import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_EVERY = 0.5  # seconds between looks at loss and accuracy (on a GPU each look waits for it)
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints; in 2, weights and masks were whole
 PARTS = "model", "optimizer", "progress", "engine"  # of a checkpoint
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
 
@@ -63,9 +63,10 @@ class Run:
         """
         self.model, self.optimizer, self.dataset = model, optimizer, dataset
         self.stopped = self.at_the_end.enter_context(stop_signals())  # from before the first write
-        nn.engine.load_state_dict({})  # a run that went on may have been computed by this process before
+        nn.engine.load_state_dict({})  # what another run of this process took from its checkpoint
         progress = self.load_checkpoint()
-        nn.engine.load_state_dict(self.ranks.broadcast(nn.engine.state_dict(measured=self.ranks.size > 1)))
+        measured = self.ranks.size > 1 and self.ranks.rank == 0  # for all ranks
+        nn.engine.load_state_dict(self.ranks.broadcast(nn.engine.state_dict(measured)))
         if self.ranks.rank == 0:
             remove_leftovers(self.folder)
             self.write_config(anew=progress is None)
@@ -315,8 +316,8 @@ class Run:
             return None
         try:
             arrays = load_arrays(content)
-            if (version := int(arrays.pop("format"))) != FORMAT:
-                raise FileFault(f"it is of format {version}, this program reads {FORMAT}")
+            if (version := int(arrays.pop("format"))) not in (2, FORMAT):
+                raise FileFault(f"it is of format {version}, this program reads {FORMAT} and 2")
             self.check_same_settings(json.loads(str(arrays.pop("settings"))), "it")
             check_same_data(str(arrays.pop("data", "")), self.dataset, "it")
             part = {p: {k.removeprefix(f"{p}."): v for k, v in arrays.items() if k.startswith(f"{p}.")} for p in PARTS}

@@ -90,7 +90,7 @@ class Settings:
 
     @property
     def cost(self):
-        """What orders runs by how long they take: a sweep begins with costly ones, so that its processes end together."""
+        """What orders runs by how long they take: a sweep begins with costly ones; then its processes end together."""
         return self.epochs
 
     def identity(self):

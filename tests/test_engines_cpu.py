@@ -260,7 +260,7 @@ def some_mask(rng, shape, kind):
 
 @pytest.mark.parametrize("kind", ["few", "one", "none", "all", "whole kernels", "empty rows and columns"])
 def test_convolution_with_the_kept_entries_alone(kind, use_threads):
-    """36 shapes for each kind of mask: kernels to 7 x 7, strides to 3, padding to 4; both types, images in any order."""
+    """36 shapes for each kind of mask: kernels to 7 x 7, strides to 3, padding to 4; both types, any memory order."""
     use_threads(3)
     rng = np.random.default_rng(12)
     for i, (k, stride) in enumerate(itertools.product([(1, 1), (3, 3), (2, 3), (5, 5), (7, 7), (4, 1)], [1, 2, 3] * 2)):
@@ -332,23 +332,80 @@ def test_a_sparse_resnet_follows_pytorch(way, io_only):
             [p is ours for p in mine.params].index(True)].shape
 
 
+def test_what_is_measured_is_near_what_is_typical(monkeypatch):
+    """So that a moment at which the machine has other things to do decides little; once in a process."""
+    for kind in sparse.TYPICAL:
+        assert sparse.measured(kind) is sparse.measured(kind)
+        assert sparse.measured(kind)[kind] / sparse.TYPICAL[kind] in (1 / 4, 1 / 2, 1, 2, 4)
+    assert sparse.measured("rows").keys() | sparse.measured("linear").keys() == sparse.TYPICAL.keys()
+    for measured, near in ((0.055, 1), (0.19, 1), (0.21, 2), (0.39, 2), (6.4, 4), (0.049, 1 / 2), (0.001, 1 / 4)):
+        monkeypatch.setitem(sparse.TYPICAL, "rows", 0.1)
+        assert sparse.near_typical("rows", measured) == pytest.approx(0.1 * near)
+
+
 def test_kept_entries_alone_where_that_is_cheaper(monkeypatch):
-    """By what is measured, of which only factors of two are kept; not for what is small."""
-    assert sparse.measured().keys() == sparse.TYPICAL.keys()
-    for kind, density in sparse.measured().items():
-        assert np.log2(density / sparse.TYPICAL[kind]) == pytest.approx(round(np.log2(density / sparse.TYPICAL[kind])))
-    engine, rng = engines.cpu.Engine(), np.random.default_rng(15)
+    """By what is measured, for convolutions and linear layers each when it is first needed; not for what is small."""
+    engine, rng, asked = engines.cpu.Engine(), np.random.default_rng(15), []
+
+    def measured(kind):
+        asked.append(kind)
+        return {k: 0.1 for k in sparse.TYPICAL if k.startswith("linear") == kind.startswith("linear")}
+
+    monkeypatch.setattr(sparse, "measured", measured)
     patterns = [sparse.Pattern(rng.random((64, 64, 3, 3)) < density) for density in (0.2, 0.02)]
-    monkeypatch.setattr(sparse, "measured", lambda: pytest.fail("measured where there is nothing to choose"))
-    assert not engine.cheaper("rows", None, 128, 256, 256) and engine.state_dict() == {}
-    assert not engine.cheaper("rows", patterns[1], 1, 1, 1) and engine.state_dict() == {}
-    monkeypatch.setattr(sparse, "measured", lambda: dict.fromkeys(sparse.TYPICAL, 0.1))
+    assert not engine.cheaper("rows", None, 128, 256, 256) and not engine.cheaper("rows", patterns[1], 1, 1, 1)
+    assert engine.state_dict() == {} and not asked
     assert [engine.cheaper("rows", pattern, 128, 256, 256) for pattern in patterns] == [False, True]
+    assert set(engine.state_dict()) == {"rows", "tiles", "rows gradient", "tiles gradient"} and asked == ["rows"]
     other = engines.cpu.Engine()
-    other.load_state_dict(engine.state_dict())
-    assert other.densities == engine.densities == dict.fromkeys(sparse.TYPICAL, 0.1)
+    other.load_state_dict({kind: density * 3 for kind, density in engine.state_dict().items()})
+    assert [other.cheaper("rows", pattern, 128, 256, 256) for pattern in patterns] == [True, True]
+    assert not other.cheaper("linear", patterns[1], 1, 1, 1) and asked == ["rows"]
+    assert set(other.state_dict(measured=True)) == set(sparse.TYPICAL) and asked == ["rows", "linear"]
+    assert other.densities["tiles"] == pytest.approx(0.3) and other.densities["linear"] == 0.1
     other.load_state_dict({})
-    assert other.densities is None and set(other.state_dict(measured=True)) == set(sparse.TYPICAL)
+    assert other.state_dict() == {}
+    with pytest.raises(ValueError, match="no kind of product called 'columns'"):
+        other.load_state_dict({"columns": np.asarray(0.1)})
+
+
+@pytest.mark.parametrize("C, k, stride, size, asked", [
+    (8, 3, 1, 6, [("rows", 2, 36, 36), ("rows", 2, 36, 36), ("rows gradient", 2, 36, 12)]),
+    (24, 3, 1, 8, [("tiles", 2, 64, 64), ("tiles", 2, 64, 64), ("tiles gradient", 2, 64, 36)]),
+    (8, 3, 2, 8, [("rows", 2, 16, 16), ("rows", 2, 16, 64), ("rows gradient", 2, 16, 12)]),
+    (8, 1, 2, 8, [("rows", 2, 16, 16), ("rows", 2, 16, 16), ("rows gradient", 2, 16, 12)])])
+def test_what_a_convolution_is_compared_with(monkeypatch, C, k, stride, size, asked):
+    """Forward, input gradient, weight gradient: the kind of dense product, images, pixels of the output, calls."""
+    found = []
+    monkeypatch.setattr(nn.engine, "cheaper", lambda kind, pattern, *cost: found.append((kind, *cost)))
+    layer = nn.Conv2d(C, C * 3 // 2, k, stride, padding=k // 2)
+    nn.sparsify(nn.Sequential(layer), layer.weight.size // 10, seed=0)
+    x = nn.Tensor(np.ones((2, C, size, size), np.float32), requires_grad=True)
+    layer(x).sum().backward()
+    assert found == asked
+
+
+@pytest.mark.parametrize("order", [
+    lambda a: in_engine(a[:, ::-1, ::-1])[:, ::-1, ::-1],  # channels and rows backwards
+    lambda a: stored_as((2, 1, 0, 3), np.pad(a, ((0, 0), (0, 0), (0, 0), (0, 3))))[..., :-3],
+    lambda a: padded_rows(a)])
+def test_kept_entries_alone_of_images_in_an_unusual_order(order):
+    rng = np.random.default_rng(16)
+    mask = some_mask(rng, (4, 5, 1, 1), "few")
+    x, g = rng.standard_normal((3, 5, 6, 6)), rng.standard_normal((3, 4, 6, 6))
+    w, pattern, images = rng.standard_normal(mask.shape) * mask, sparse.Pattern(mask), order(x)
+    np.testing.assert_array_equal(images, x)
+    y, dx, dw = convolve_slowly(x, w, g, 1, 0)
+    check([sparse.forward(images, w, pattern, 1, 0), sparse.input_gradient(g, w, pattern, x.shape, 1, 0),
+           sparse.weight_gradient(g, images, pattern, 1, 0)], (y, dx, dw[mask]), np.float64)
+
+
+def padded_rows(a):
+    """In the engine's order, with numbers that belong to no channel behind the rows of each."""
+    N, C, H, W = a.shape
+    full = np.full((H, C, W * N + 2), 7.0)
+    full[..., :-2] = host.rows(a).reshape(H, C, W * N)
+    return host.images(np.lib.stride_tricks.as_strided(full, (H, C, W, N), (*full.strides[:2], N * 8, 8)))
 
 
 @pytest.mark.parametrize("lower, upper", [("forward", "conv"), ("input_gradient", "conv_input_gradient"),

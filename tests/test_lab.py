@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,20 @@ def test_a_run_cut_at_any_checkpoint_goes_on_as_if_uncut(tmp_path, monkeypatch):
     tiny.assert_same(finished(cut).folder, remains(whole.folder))
 
 
+def in_format_2(arrays):
+    """The arrays of a checkpoint of the network below, weights and masks whole."""
+    shapes = {"model.0.weight": (12, 1, 3, 3), "model.2.weight": (16, 12, 3, 3), "model.5.weight": (10, 64)}
+    arrays["format"] = np.asarray(2)
+    assert "model.2.weight.kept" in arrays
+    for name in [name.removesuffix(".kept") for name in arrays if name.endswith(".kept")]:
+        kept, mask = arrays.pop(f"{name}.kept"), np.zeros(np.prod(shapes[name]), bool)
+        mask[kept] = True
+        whole = np.zeros(mask.size, np.float32)
+        whole[kept] = arrays[name]
+        arrays |= {name: whole.reshape(shapes[name]), f"{name}.mask": mask.reshape(shapes[name])}
+    return arrays
+
+
 def test_a_run_goes_on_with_the_products_that_it_began_with(tmp_path, monkeypatch):
     """Those of the kept entries alone, in a process that would have chosen dense ones; the next run has its own."""
     monkeypatch.setattr(sparse, "CALL", 0)
@@ -184,7 +199,7 @@ def test_a_run_goes_on_with_the_products_that_it_began_with(tmp_path, monkeypatc
             if len(saves) == end:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(sparse, "measured", lambda: dict.fromkeys(sparse.TYPICAL, density))
+        monkeypatch.setattr(sparse, "measured", lambda kind: dict.fromkeys(sparse.TYPICAL, density))
         with monkeypatch.context() as patch:
             patch.setattr(lab.Run, "save_checkpoint", save_and_die)
             experiment = replace(TINY, train=lambda run: tiny.train(run, build))
@@ -194,7 +209,11 @@ def test_a_run_goes_on_with_the_products_that_it_began_with(tmp_path, monkeypatc
     saves.clear()
     with pytest.raises(KeyboardInterrupt):
         perform("cut", density=1.0, end=6)
+    shutil.copytree(tmp_path / "cut", tmp_path / "older")
     tiny.assert_same(perform("cut", density=0.0).folder, remains(whole.folder))
+    path, = (tmp_path / "older").rglob("checkpoint.npz")
+    path.write_bytes(files.save_arrays(in_format_2(files.load_arrays(path.read_bytes()))))
+    tiny.assert_same(perform("older", density=0.0).folder, remains(whole.folder))
     with pytest.raises(AssertionError):
         tiny.assert_same(perform("anew", density=0.0).folder, remains(whole.folder))
 
@@ -266,7 +285,7 @@ def test_a_wrong_checkpoint_is_refused(tmp_path):
     refused(other, saved, "it belongs to a run with other settings: lr 0.1 instead of 0.2; remove it to begin")
     wider = replace(TINY, train=lambda run: tiny.train(run, build=lambda s: tiny.build(replace(s, width=13))))
     refused(run_of(tmp_path, wider), saved, r"not of this network .* has shape \(12, 36\) instead of \(13, 36\)")
-    for change, says in (({"format": np.array(1)}, "it is of format 1, this program reads 2"),
+    for change, says in (({"format": np.array(1)}, "it is of format 1, this program reads 3 and 2"),
                          ({"model.1.bias": arrays["model.1.bias"].astype(np.float64)}, "1.bias is of float64 instead"),
                          ({"progress.extra": np.array(1)}, "unexpected keyword argument 'extra'"),
                          ({"settings": np.array("[1]")}, "not of this network")):
@@ -516,12 +535,12 @@ def test_dry_run(tmp_path, capsys):
 
 
 def test_the_time_of_a_dry_run(tmp_path, monkeypatch):
-    """Epochs of 4 steps and 3 batches to test, at the median time of each."""
+    """Epochs of 4 steps and 3 batches to test, at the median time of each but for the first."""
     clock = iter([0, 0.1, 0.3, 0.6, 1, 10, 10.5, 11, 12])
     run = command.DryRun(TINY, tiny.Settings(out=str(tmp_path)))
     monkeypatch.setattr(command, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     TINY.train(run)
-    assert run.seconds == pytest.approx(3 * (4 * 0.25 + 3 * 0.5)) and run.disk > 300 * 4 and run.memory > 2**20
+    assert run.seconds == pytest.approx(3 * (4 * 0.3 + 3 * 0.75)) and run.disk > 300 * 4 and run.memory > 2**20
 
 
 @pytest.mark.parametrize("seconds, says", [(1.4, "1 s"), (119, "119 s"), (121, "2 minutes"), (7201, "2.0 hours"),

@@ -947,7 +947,7 @@ def test_no_gradient_or_velocity_reaches_masked_entries(backend, kept):
 
 
 def test_a_gradient_of_kept_entries_is_whole_when_it_is_looked_at():
-    """And counts as it is then: what is written into it, assigned, added by the next backward, or left by a new mask."""
+    """And counts as it is then: what is written into it, added by the next backward, or left by a new mask."""
     net, x = nn.Sequential(nn.Linear(30, 20, bias=False)), np.ones((4, 30), np.float32)
     nn.sparsify(net, 40, seed=0)
     weight, mask = net[0].weight, net[0].weight.mask
@@ -972,6 +972,34 @@ def test_a_gradient_of_kept_entries_is_whole_when_it_is_looked_at():
     half = mask & (np.cumsum(mask).reshape(mask.shape) % 2 == 0)
     weight.mask = half
     np.testing.assert_array_equal(weight.grad, 4.0 * half)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_a_copy_between_backward_and_step(copied):
+    """It has the gradient, of the kept entries alone as the original still has, and takes the same step."""
+    net = nn.Sequential(nn.Linear(300, 200, bias=False))
+    nn.sparsify(net, 400, seed=0)
+    net(nn.Tensor(normal(4, 300).astype(np.float32))).sum().backward()
+    weight = net[0].weight
+    other = copied(weight)
+    assert weight.held.shape == other.held.shape == (400,) and len(pickle.dumps(weight)) < 4 * 60_000 + 60_000 + 9_000
+    before = weight.data.copy()
+    other.data = other.data  # of its own, also of a shallow copy
+    for p in (weight, other):
+        nn.SGD([p], 0.1).step()
+    np.testing.assert_array_equal(weight.data, other.data)
+    assert (weight.data != before).sum() == 400
+
+
+def test_a_gradient_of_kept_entries_follows_the_dtype_of_data():
+    net = nn.Sequential(nn.Linear(30, 20, bias=False, dtype=np.float64))
+    nn.sparsify(net, 40, seed=0)
+    weight = net[0].weight
+    net(nn.Tensor(np.ones((4, 30)))).sum().backward()
+    weight.data = weight.data.astype(np.float32)
+    net(nn.Tensor(np.ones((4, 30), np.float32))).sum().backward()
+    assert weight.held.dtype == np.float32 and weight.held.shape == (40,)
+    np.testing.assert_array_equal(weight.grad, 8.0 * weight.mask)
 
 
 def test_a_state_of_kept_entries_alone(backend):
