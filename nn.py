@@ -733,12 +733,12 @@ class Parameter(Tensor):
             g = engine.masked(g, self.mask, self.pattern)
         if engine.narrow is not None and self.held is None and g.ndim == 4 and g.dtype == engine.narrow:
             return put(self, "held", g)  # which SGD takes as it is
-        if self.pattern is None or self.held is not None and self.held.shape == self.shape:
-            if self.held is not None and self.held.dtype is not self.data.dtype:
-                put(self, "held", self.held.astype(self.data.dtype, copy=False))
-            return super().accumulate(g if self.pattern is None else engine.whole(g, self.pattern))
-        g = g.astype(self.dtype, copy=False)
-        put(self, "held", g if self.held is None else self.held.astype(self.dtype, copy=False) + g)
+        shape = self.shape if self.pattern is None else self.pattern.kept.shape
+        assert g.shape == shape, f"gradient of shape {g.shape} for data of shape {shape}"
+        held, g = self.held, g.astype(self.data.dtype, copy=False)
+        if held is not None and held.shape != shape:  # grad was looked at
+            g = engine.whole(g, self.pattern)
+        put(self, "held", xp.asarray(g) if held is None else engine.add(held.astype(g.dtype, copy=False), g))
 
     @property
     def count(self):

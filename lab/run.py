@@ -220,7 +220,7 @@ class Run:
             return
         state = {"model": self.model.state_dict(kept=True), "optimizer": self.optimizer.state_dict(),
                  "progress": self.progress.state_dict(), "engine": nn.engine.state_dict()}
-        arrays = {f"{part}.{name}": value for part in PARTS for name, value in state[part].items()}
+        arrays = {f"{part}.{name}": value for part in state for name, value in state[part].items()}
         arrays |= {"settings": np.asarray(json.dumps(self.settings.identity())), "format": np.asarray(FORMAT),
                    "data": np.asarray(self.dataset.digest)}
         self.write("checkpoint.npz", save_arrays(arrays))
