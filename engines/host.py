@@ -109,7 +109,7 @@ def parallel(work, count, cost):
     Where sums are over parts, rounding depends on the number of threads, and on nothing else. BLAS has one thread
     meanwhile, and NumPy a small buffer.
     """
-    parts = min(cores(), count) if cost >= WORTH else 1
+    parts = max(min(cores(), count), 1) if cost >= WORTH else 1
     edges = [count * i // parts for i in range(parts + 1)]
     with one_blas_thread:
         before, others = np.setbufsize(BUFFER), []
