@@ -29,7 +29,7 @@ import exp_resnet_cifar as resnet  # noqa: E402
 import lab  # noqa: E402
 import nn  # noqa: E402
 from datasets import DataError  # noqa: E402
-from engines import host  # noqa: E402
+from engines import host, sparse  # noqa: E402
 from lab import command, processes, run  # noqa: E402
 
 BESIDE = str(Path(sys.executable).parent)  # where pip puts the mpirun of a wheel
@@ -187,6 +187,16 @@ def job_average(path):
     assert array.tolist() == [ranks.size, sum(range(ranks.size))] and number == 2 * ranks.size
 
 
+def job_chooses(*argv):
+    """Rank 0 finds dense products faster, however few weights are kept, rank 1 those with the kept ones."""
+    def linear(real, *args):
+        raise ZeroDivisionError("a product with the kept entries alone")
+
+    change(sparse, "measured", lambda real, kind: dict.fromkeys(sparse.TYPICAL, float(rank())))
+    change(sparse, "linear", linear)
+    return job_mlp(*argv)
+
+
 def job_cores():
     from threadpoolctl import threadpool_info
 
@@ -264,6 +274,13 @@ def test_ten_steps_are_those_of_one_process(tmp_path, ranks, alone):
     assert one[1].shape == (6, 2) and one[0]["model.1.weight"].size + one[0]["model.3.weight.mask"].sum() == 3970
     assert_same(one, several, atol=1e-6)
     np.testing.assert_array_equal(one[0]["model.1.weight.kept"], several[0]["model.1.weight.kept"])
+
+
+@with_mpi
+def test_all_ranks_compute_as_rank_0_chose(tmp_path):
+    ended(2, "chooses", *flags(tmp_path, width=300, epochs=1, limit=100, batch=50))
+    arrays, _ = checkpoint(tmp_path)
+    assert arrays["engine.linear"] == 0
 
 
 @with_mpi
