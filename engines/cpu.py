@@ -4,6 +4,7 @@ Where BLAS multiplies, it uses as many threads as it is allowed to, beside convo
 """
 
 import contextlib
+import importlib.metadata
 import math
 
 import numpy as np
@@ -64,6 +65,8 @@ class Engine:
 
     def versions(self):
         """What a record of a run needs to know of the device."""
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return {"numba": importlib.metadata.version("numba")}
         return {}
 
     def compiled(self, function):

@@ -4,11 +4,14 @@ With images in host.py's memory order, the pixels of all N images at one place o
 What a kernel sees at an output pixel is a matrix of such rows, without a copy, so that a convolution is the product of
 one sparse matrix with it for each pixel, whatever kernel and stride are. The input gradient is the same with kernels
 turned round. The weight gradient gathers, for each output channel, the rows that its kept entries saw, and multiplies
-them with the channel's gradient.
+them with the channel's gradient. Numba, where it is installed, compiles both loops (numba_loops.py).
 
-Milliseconds on two cores (Zen 4) at batch 128 with 8,700 kept entries of 3 x 3 kernels, product and weight gradient,
-beside the dense ones: 128 channels of 32 x 32: 89 and 183, dense 97 and 100; 256 of 16 x 16: 28 and 59, 84 and 77; 512
-of 8 x 8: 11 and 19, 68 and 72; 1,024 of 4 x 4: 4 and 17, 81 and 92.
+Milliseconds on two cores at batch 128 with 8,700 kept entries of 3 x 3 kernels, product and weight gradient, on a Xeon
+(Sapphire Rapids) with Numba, without, and dense; on a Zen 4 without and dense:
+    128 channels of 32 x 32    46 and 83    151 and 366    76 and 81    Zen 4:  89 and 183    97 and 100
+    256 channels of 16 x 16    26 and 30     62 and 106    82 and 93            28 and  59    84 and  77
+    512 channels of 8 x 8       7 and  8     20 and  37    67 and 73            11 and  19    68 and  72
+    1,024 channels of 4 x 4     2 and  3      3 and  13    82 and 89             4 and  17    81 and  92
 """
 
 import functools
@@ -78,6 +81,32 @@ def gather(array, rows, out=None):
 # ---------------------------------------------------------------------------------------------- convolution
 
 
+@functools.cache
+def numba_loops():
+    """The module of this name if Numba is installed and fits this NumPy, else None. It takes a second to import."""
+    try:
+        from engines import numba_loops
+    except (ImportError, RuntimeError):  # RuntimeError: it finds no folder where it could keep what it compiles
+        return None
+    return numba_loops
+
+
+def compiled(x):
+    """Numba's loops if they can be used for images of this type, else None"""
+    return numba_loops() if x.dtype.char in "fd" else None
+
+
+def in_memory(x, stride=1):
+    """What Numba's loops take for x (H, C, W, N): a vector of all numbers from its first to its last one in memory, and
+    how many of them lie between every stride-th row of pixels, channels, and every stride-th column.
+    """
+    if x.shape[3] > 1 and x.strides[3] != x.itemsize or min(x.strides) < 0:  # a gradient from elsewhere
+        x = np.ascontiguousarray(x)
+    steps = tuple(s // x.itemsize for s in x.strides[:3])
+    length = sum((n - 1) * s for n, s in zip(x.shape, steps)) + x.shape[3]
+    return as_strided(x, (length,), (x.itemsize,)), (stride * steps[0], steps[1], stride * steps[2])
+
+
 def steps(x):
     """How many rows of N numbers the next row of pixels, and the next channel, lies further on in x (H, C, W, N)."""
     h, c, v, _ = x.strides
@@ -88,10 +117,14 @@ def multiply(matrix, x, out, stride):
     """out (H, O, W, N) = matrix times what lies from each pixel of x (H', C, W', N) on, of every stride-th row and
     column.
     """
-    (H, _, W, N), (h, _, v, e) = out.shape, x.strides
+    (H, _, W, N), (h, _, v, e), loops = out.shape, x.strides, compiled(x)
     sources = as_strided(x, (H, W, matrix.shape[1], N), (stride * h, stride * v, v, e))
+    places = matrix.indices * np.int64(v // e)
 
     def work(first, last):
+        if loops:
+            return loops.multiply(matrix.data, places, matrix.indptr, *in_memory(x, stride), *in_memory(out),
+                                  W, N, first, last)
         for pixel in range(first, last):
             i, j = divmod(pixel, W)
             out[i, :, j] = matrix @ sources[i, j]
@@ -138,9 +171,12 @@ def weight_gradient(g, x, pattern, stride, padding):
     windows = as_strided(x, (seen.max(initial=0) + 1, H, W, N), (v, stride * h, stride * v, e))
     size = max(1, len(seen) // O) * W * N  # of what a channel gathers, about, for a row of pixels
     block = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or n * size <= BLOCK))
-    dw = np.zeros(len(seen), g.dtype)
+    dw, loops = np.zeros(len(seen), g.dtype), compiled(x)
 
     def work(first, last):
+        if loops:
+            return loops.weight_gradient(seen * np.int64(v // e), pattern.edges, *in_memory(x, stride), *in_memory(g),
+                                         dw, H, W, N, first, last)
         for top in range(0, H, block):
             for channel in range(first, last):
                 which = slice(*pattern.edges[channel : channel + 2])
@@ -148,11 +184,22 @@ def weight_gradient(g, x, pattern, stride, padding):
                     a = windows[seen[which], top : top + block]  # (kept in this channel, block, W, N)
                     dw[which] += a.reshape(len(a), -1) @ g[top : top + block, channel].reshape(-1)
 
-    parallel(work, O, COST * len(seen) * H * W * N * (block * size > SHORT))
+    parallel(work, O, COST * len(seen) * H * W * N * bool(loops or block * size > SHORT))
     return dw
 
 
 # ---------------------------------------------------------------------------------------------- linear layers
+
+
+def product(matrix, xT):
+    """matrix xT, for xT (in, N)"""
+    loops, (_, N) = compiled(xT), xT.shape
+    if not loops:
+        return (matrix @ xT).astype(xT.dtype, copy=False)  # float16 comes out as float32
+    out = np.empty((matrix.shape[0], N), xT.dtype)  # of one pixel
+    loops.multiply(matrix.data, matrix.indices * np.int64(N), matrix.indptr, xT.reshape(-1), (0, 0, 0),
+                   out.reshape(-1), (0, N, 0), 1, N, 0, 1)
+    return out
 
 
 def linear(xT, w, pattern):
@@ -161,7 +208,7 @@ def linear(xT, w, pattern):
         out, column = pattern.places
         return slice(None), out, column, *w.shape
 
-    return (pattern.matrix(w, "linear", make) @ xT).astype(xT.dtype, copy=False).T  # float16 comes out as float32
+    return product(pattern.matrix(w, "linear", make), xT).T
 
 
 def linear_input_gradient(gT, w, pattern):
@@ -170,12 +217,17 @@ def linear_input_gradient(gT, w, pattern):
         out, column = pattern.places
         return slice(None), column, out, *w.T.shape
 
-    return (pattern.matrix(w, "transposed", make) @ gT).astype(gT.dtype, copy=False).T
+    return product(pattern.matrix(w, "transposed", make), gT).T
 
 
 def linear_weight_gradient(gT, xT, pattern):
     """The kept entries of g^T x, (kept,)"""
-    shape = len(pattern.kept), gT.shape[1]
+    loops, shape = compiled(gT), (len(pattern.kept), gT.shape[1])
+    if loops:
+        dw, N = np.zeros(shape[0], gT.dtype), shape[1]
+        loops.weight_gradient(pattern.places[1] * np.int64(N), pattern.edges, xT.reshape(-1), (0, 0, 0),
+                              gT.reshape(-1), (0, N, 0), dw, 1, 1, N, 0, len(gT))
+        return dw
     a, b = (gather(rows, places, out=scratch(shape, gT.dtype)) for rows, places in zip((gT, xT), pattern.places))
     return np.vecdot(a, b)
 
@@ -183,9 +235,11 @@ def linear_weight_gradient(gT, xT, pattern):
 # ---------------------------------------------------------------------------------------------- which is cheaper
 
 # The density below which the kept entries alone are cheaper, but for what `cost` adds, by the kind of dense product:
-# about as it is on a Zen 4 with one thread and two, and with kernels for AVX2.
-TYPICAL = {"rows": 0.17, "tiles": 0.07, "rows gradient": 0.1, "tiles gradient": 0.06, "linear": 0.12,
-           "linear gradient": 0.06}
+# about as it is on a Zen 4 and a Xeon (Sapphire Rapids) with one thread and two, and with kernels for AVX2.
+TYPICAL = {"rows": 0.13, "tiles": 0.06, "rows gradient": 0.08, "tiles gradient": 0.04, "linear": 0.12,
+           "linear gradient": 0.045}
+WITH_NUMBA = {"rows": 0.3, "tiles": 0.14, "rows gradient": 0.28, "tiles gradient": 0.14, "linear": 0.17,
+              "linear gradient": 0.12}
 
 
 def cost(kept, N, pixels=1, calls=1):
@@ -204,7 +258,7 @@ def measured(kind):
 
 @functools.cache
 def measure_convolutions():
-    rng, N, C, side = np.random.default_rng(0), 128, 64, 16
+    rng, N, C, side = np.random.default_rng(0), 128, 128, 8
     mask = rng.random((C, C, 3, 3)) < 1 / 16
     w, pattern = (mask * rng.standard_normal(mask.shape)).astype(np.float32), Pattern(mask)
     x, y, dw = empty((N, C, side, side), np.float32), empty((N, C, side, side), np.float32), np.empty_like(w)
@@ -238,8 +292,9 @@ def measure_linear():
 
 def near_typical(kind, density):
     """The typical density unless this one is off by a factor of two or more: then by two, or by four, the most."""
-    power = int(math.log2(density / TYPICAL[kind]))  # towards 0
-    return TYPICAL[kind] * 2.0 ** min(max(power, -2), 2)
+    typical = (WITH_NUMBA if numba_loops() else TYPICAL)[kind]
+    power = int(math.log2(density / typical))  # towards 0
+    return typical * 2.0 ** min(max(power, -2), 2)
 
 
 def seconds(work):

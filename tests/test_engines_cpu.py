@@ -235,6 +235,15 @@ def test_what_does_not_fit_is_refused(operation, match):
 # ---------------------------------------------------------------------------------------------- kept entries alone
 
 
+@pytest.fixture(params=["NumPy", "Numba"])
+def loops(request, monkeypatch):
+    """The loops over kept entries in NumPy and SciPy, and compiled."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(sparse, "numba_loops", lambda: None)
+    elif sparse.numba_loops() is None:
+        pytest.skip("no Numba: pip install -r requirements-numba.txt")
+
+
 @pytest.fixture(params=["dense", "sparse"])
 def way(request, monkeypatch):
     """Masked weights of low density are multiplied densely, and with their kept entries alone, whatever it costs."""
@@ -259,7 +268,7 @@ def some_mask(rng, shape, kind):
 
 
 @pytest.mark.parametrize("kind", ["few", "one", "none", "all", "whole kernels", "empty rows and columns"])
-def test_convolution_with_the_kept_entries_alone(kind, use_threads):
+def test_convolution_with_the_kept_entries_alone(kind, loops, use_threads):
     """36 shapes for each kind of mask: kernels to 7 x 7, strides to 3, padding to 4; both types, any memory order."""
     use_threads(3)
     rng = np.random.default_rng(12)
@@ -284,7 +293,7 @@ def test_convolution_with_the_kept_entries_alone(kind, use_threads):
 
 @DTYPES
 @pytest.mark.parametrize("kind", ["few", "one", "none", "all", "empty rows and columns"])
-def test_linear_layer_with_the_kept_entries_alone(kind, dtype):
+def test_linear_layer_with_the_kept_entries_alone(kind, dtype, loops):
     rng = np.random.default_rng(13)
     mask = some_mask(rng, (30, 40), kind) if kind != "none" else np.zeros((30, 40), bool)
     x, w, g = rng.standard_normal((7, 40)), rng.standard_normal((30, 40)) * mask, rng.standard_normal((7, 30))
@@ -295,7 +304,7 @@ def test_linear_layer_with_the_kept_entries_alone(kind, dtype):
 
 
 @pytest.mark.parametrize("io_only", [False, True])
-def test_a_sparse_resnet_follows_pytorch(way, io_only):
+def test_a_sparse_resnet_follows_pytorch(way, loops, io_only):
     """Five steps in float64: convolutions of every kind, a linear layer, momentum and weight decay."""
     torch = import_torch()
     from pytorch_models import resnet18
@@ -334,12 +343,13 @@ def test_a_sparse_resnet_follows_pytorch(way, io_only):
 
 def test_what_is_measured_is_near_what_is_typical(monkeypatch):
     """So that a moment at which the machine has other things to do decides little; once in a process."""
+    typical = sparse.WITH_NUMBA if sparse.numba_loops() else sparse.TYPICAL
     for kind in sparse.TYPICAL:
         assert sparse.measured(kind) is sparse.measured(kind)
-        assert sparse.measured(kind)[kind] / sparse.TYPICAL[kind] in (1 / 4, 1 / 2, 1, 2, 4)
+        assert sparse.measured(kind)[kind] / typical[kind] in (1 / 4, 1 / 2, 1, 2, 4)
     assert sparse.measured("rows").keys() | sparse.measured("linear").keys() == sparse.TYPICAL.keys()
     for measured, near in ((0.055, 1), (0.19, 1), (0.21, 2), (0.39, 2), (6.4, 4), (0.049, 1 / 2), (0.001, 1 / 4)):
-        monkeypatch.setitem(sparse.TYPICAL, "rows", 0.1)
+        monkeypatch.setitem(typical, "rows", 0.1)
         assert sparse.near_typical("rows", measured) == pytest.approx(0.1 * near)
 
 
@@ -389,7 +399,7 @@ def test_what_a_convolution_is_compared_with(monkeypatch, C, k, stride, size, as
     lambda a: in_engine(a[:, ::-1, ::-1])[:, ::-1, ::-1],  # channels and rows backwards
     lambda a: stored_as((2, 1, 0, 3), np.pad(a, ((0, 0), (0, 0), (0, 0), (0, 3))))[..., :-3],
     lambda a: padded_rows(a)])
-def test_kept_entries_alone_of_images_in_an_unusual_order(order):
+def test_kept_entries_alone_of_images_in_an_unusual_order(order, loops):
     rng = np.random.default_rng(16)
     mask = some_mask(rng, (4, 5, 1, 1), "few")
     x, g = rng.standard_normal((3, 5, 6, 6)), rng.standard_normal((3, 4, 6, 6))
@@ -872,6 +882,7 @@ def test_linear_layers_beside_convolutions_use_one_thread(monkeypatch):
             return np.asarray(self) @ np.asarray(other)
 
     engine, x, seen = engines.cpu.Engine(), np.ones((2, 3)).view(Spy), []
+    vars(host.one_blas_thread).pop("libraries", None)  # SciPy's BLAS may have been loaded since they were listed
     with threadpool_limits(2, "blas"):
         engine.linear(x, np.ones((4, 3)), None, None)
         engine.conv(np.ones((1, 1, 2, 2)), np.ones((1, 1, 1, 1)), 1, 0)
