@@ -298,9 +298,11 @@ SPARSE_WIDTHS = 8, 18, 32, 64, 128, 256
 def sparse(bases):
     """How the cost grows with the width where the weights do not; a picture of it goes to results/."""
     import exp_resnet_cifar
+    from engines.sparse import numba_loops
 
-    print(f"ResNet-18, batch {RESNET_BATCH}, {os.cpu_count()} cores: milliseconds a training step, dense and with the "
-          f"weights of width {' and '.join(map(str, bases))}; PyTorch's is dense, in the faster of two memory formats")
+    how = f"batch {RESNET_BATCH}, {os.cpu_count()} cores, {'with' if numba_loops() else 'without'} Numba"
+    print(f"ResNet-18, {how}: milliseconds a training step, dense and with the weights of width "
+          f"{' and '.join(map(str, bases))}; PyTorch's is dense, in the faster of two memory formats")
     rows = []
     for width in SPARSE_WIDTHS:
         bases_now = [str(base) for base in bases if base < width]
@@ -314,15 +316,16 @@ def sparse(bases):
         for name in bases_now:
             row[name] = seconds[name, "step"]
             model = exp_resnet_cifar.build(exp_resnet_cifar.Settings(width=width, base_width=int(name)), classes=10)
-            flop = RESNET_BATCH * operations(model, 32, kept=True)
+            flop, whole = (RESNET_BATCH * operations(model, 32, kept) for kept in (True, False))
             print(f"  weights of width {name:>2}: {1000 * row[name]:7.0f} (of PyTorch's: "
                   f"{row[name] / row['PyTorch']:.2f}; {peak[name]:.0f} MB: {peak[name] / peak[theirs]:.2f}); "
-                  f"{flop / 1e9:.1f} GFLOP of kept weights, {flop / row[name] / 1e9:.0f} GFLOP/s", flush=True)
+                  f"{flop / 1e9:.1f} GFLOP of kept weights, {flop / row[name] / 1e9:.0f} GFLOP/s, "
+                  f"{flop / row[name] / (whole / row['dense']):.0%} of what the dense step reaches", flush=True)
         rows.append(row)
-    draw_sparse(rows, bases)
+    draw_sparse(rows, bases, how)
 
 
-def draw_sparse(rows, bases):
+def draw_sparse(rows, bases, how):
     import matplotlib
 
     matplotlib.use("agg")
@@ -334,7 +337,7 @@ def draw_sparse(rows, bases):
         shown = [row for row in rows if name in row]
         axes.plot([row["width"] for row in shown], [row[name] for row in shown], "o-", label=label)
     axes.set(xscale="log", yscale="log", xlabel="width", ylabel="seconds a training step",
-             title=f"ResNet-18, 32 x 32 images, batch {RESNET_BATCH}, {os.cpu_count()} cores")
+             title=f"ResNet-18, 32 x 32 images, {how}")
     axes.set_xticks(SPARSE_WIDTHS, map(str, SPARSE_WIDTHS))
     axes.minorticks_off()
     axes.legend()
