@@ -6,12 +6,15 @@
     python exp_mlp_mnist.py --sweep fig8_lr                 learning rates for Figure 8, on held-out images
     python exp_mlp_mnist.py --sweep fig8                    Figure 8a: dense and sparse networks, 6,352 weights
     python exp_mlp_mnist.py --plot fig8b                    Figure 8b: the kernel's distance from infinite width
+    python exp_mlp_mnist.py --sweep optimum --jobs 2        does the kernel tell the best width? 15 budgets
+    python exp_mlp_mnist.py --best-width 6352               the width that it tells for a first layer of 6,352 weights
     python exp_mlp_mnist.py --plot fig5                     a figure and its table from what is done
 
 Measured: 90.2 % at width 5, 95.9 % at width 80 (3,970 weights, 100 epochs, 3 seeds; the paper: about 90, best 96.3).
 In Figure 8 the test error is least at width 128, the exact kernel distance at 216, with rank correlation 0.86.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass, replace
 
@@ -27,7 +30,7 @@ from lab import setting
 
 # ---------------------------------------------------------------------------------------------- settings
 
-INPUTS, CLASSES = 784, 10  # of every data set here: 28 x 28 pixels, ten digits
+SIDE, CLASSES = 28, 10  # of every data set here: 28 x 28 pixels, ten digits
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,18 @@ class Settings(lab.Settings):
     bias: bool = setting(True, "biases, not counted as weights")
     ntk: bool = setting(False, "NTK parameterisation, as in Figure 8")
     pixelwise: bool = setting(False, "standardise each pixel with the training images in use")
+    side: int = setting(SIDE, f"pixels along a side of the images, averaged to fewer than {SIDE}", least=1)
 
     ALWAYS_NAMED = ("width", "seed")
 
     @property
+    def inputs(self):
+        return self.side**2
+
+    @property
     def budget(self):
         """Weights that the network keeps."""
-        return (INPUTS + CLASSES) * (self.width if self.dense else self.base_width)
+        return (self.inputs + CLASSES) * (self.width if self.dense else self.base_width)
 
     @property
     def cost(self):
@@ -67,10 +75,12 @@ class Settings(lab.Settings):
 
     def possible(self):
         """Whether --last leaves the first layer between one weight and all of them."""
-        return self.kept is None or 1 <= self.kept[0] <= INPUTS * self.width and self.kept[1] >= 1
+        return self.kept is None or 1 <= self.kept[0] <= self.inputs * self.width and self.kept[1] >= 1
 
     def check(self):
         super().check()
+        if SIDE % self.side:
+            raise lab.UsageError(f"--side is a whole fraction of {SIDE}, such as 14 or 7, not {self.side}")
         if self.base_width > self.width and not self.dense:
             raise lab.UsageError(f"width {self.width} cannot keep the weights of the wider base {self.base_width}; "
                                  "choose a --width of at least the --base-width, or --dense")
@@ -83,7 +93,7 @@ class Settings(lab.Settings):
                                  f"{CLASSES * self.width:,} weights")
         if not self.possible():
             raise lab.UsageError(f"--last {self.last} at width {self.width} leaves {self.kept[0]:,} of "
-                                 f"{self.budget:,} weights to a first layer of {INPUTS * self.width:,}")
+                                 f"{self.budget:,} weights to a first layer of {self.inputs * self.width:,}")
 
 
 # ---------------------------------------------------------------------------------------------- network
@@ -91,6 +101,8 @@ class Settings(lab.Settings):
 
 def load(s):
     dataset = datasets.load(s.data, s.data_dir).part(s.held_out, s.limit)
+    if s.side != SIDE:
+        dataset = dataset.averaged(s.side)
     return dataset.standardized_by_pixel() if s.pixelwise else dataset
 
 
@@ -98,7 +110,7 @@ def build(s):
     """MLP with one hidden layer, its masks and weights drawn from the seed."""
     model = nn.Sequential(
         nn.Flatten(),
-        nn.Linear(INPUTS, s.width, bias=s.bias, ntk=s.ntk),
+        nn.Linear(s.inputs, s.width, bias=s.bias, ntk=s.ntk),
         *([nn.ReLU()] if s.activation == "relu" else []),
         nn.Linear(s.width, CLASSES, bias=s.bias, ntk=s.ntk),
     )
@@ -151,6 +163,7 @@ FIG8_LR = {  # (dense, width): the best on held-out images, copied from what --p
 }
 KERNEL_WIDTHS = (8, 16, 32, 48, 64, 90, 128, 160, 216, 270, 328, 400, 512, 580, 620, 635)
 KERNEL_PAIRS, KERNEL_SEEDS = 1000, 10
+RESAMPLES, BEST_WIDTH_PAIRS = 200, 32
 
 
 def width_runs(s):
@@ -169,13 +182,13 @@ def fig5_paper(s):
     return "about 90 %" if (s.data, s.activation, s.width, s.base_width) == ("mnist", "relu", 5, 5) else None
 
 
-def fig8_at(s, width, dense, lr=None):
+def fig8_at(s, width, dense, lr=None, base=8):
     """One network of Figure 8: no biases, NTK parameterisation, 2,048 training images, batch 256, last layer dense.
 
-    The width 8 that fixes the number of weights is dense and sparse at once.
+    The width `base` that fixes the number of weights is dense and sparse at once.
     """
-    dense = dense or width == 8
-    return replace(s, width=width, base_width=8, dense=dense, last=None if dense else 1.0, bias=False, ntk=True,
+    dense = dense or width == base
+    return replace(s, width=width, base_width=base, dense=dense, last=None if dense else 1.0, bias=False, ntk=True,
                    pixelwise=True, limit=2048, batch=256, lr=FIG8_LR[dense, width] if lr is None else lr)
 
 
@@ -197,6 +210,28 @@ def fig8b_runs(s):
     return [run for run in fig8_runs(s) if not run.dense or run.width == 8]
 
 
+def kernel_pairs(s, count):
+    """(dataset, x, y, (|x|^2 |y|^2 / d^2 before scaling)) of `count` pairs of different test images x, y (count, d), as
+    a network with these settings sees them, and each scaled to |x|^2 = d, as Eq. 4 has it.
+    """
+    dataset = load(s)
+    images = as_inputs(dataset, dataset.test_images)
+    rng = nn.generator(s.seed, "kernel pairs")
+    x, y = images[[rng.choice(len(images), 2, replace=False) for _ in range(count)]].transpose(1, 0, 2)
+    raw = ((x * x).sum(1) * (y * y).sum(1)) / s.inputs**2  # (count,): the distance grows by this without the scaling
+    return dataset, *(z * (s.inputs / (z * z).sum(1, keepdims=True)) ** 0.5 for z in (x, y)), raw
+
+
+def as_inputs(dataset, images):
+    """Images (N, 1, H, W) of bytes as a network of this data set sees them, (N, H W) in float64"""
+    return (images * dataset.scale.astype(np.float64) + dataset.shift).reshape(len(images), -1)
+
+
+def first_density(s):
+    """Of the first layer of a network whose last one is dense"""
+    return (s.budget - CLASSES * s.width) / (s.inputs * s.width)
+
+
 def fig8b_compute(s):
     """How far the kernel of the sparse networks of Figure 8 is from the infinite-width one, over their width.
 
@@ -209,27 +244,19 @@ def fig8b_compute(s):
     times as large, would make up the mean (it is recorded as well, under "raw"). With each its standard error over
     pairs; with the measured ones, means over networks, their standard deviation over networks.
     """
-    dataset = load(fig8_at(s, 8, True))
-
-    def inputs(images):
-        return (images * dataset.scale.astype(np.float64) + dataset.shift).reshape(len(images), INPUTS)
-
-    train_x, test_x = inputs(dataset.train_images), inputs(dataset.test_images)
-    rng = nn.generator(s.seed, "kernel pairs")
-    x, y = test_x[[rng.choice(len(test_x), 2, replace=False) for _ in range(KERNEL_PAIRS)]].transpose(1, 0, 2)
-    raw = ((x * x).sum(1) * (y * y).sum(1)) / INPUTS**2  # (pairs,): the distance grows by this without the scaling
-    x, y = (z * (INPUTS / (z * z).sum(1, keepdims=True)) ** 0.5 for z in (x, y))
-    infinite = kernels.relu_moment(INPUTS, INPUTS, (x * y).sum(1), order=1) / INPUTS  # (pairs,)
+    dataset, x, y, raw = kernel_pairs(fig8_at(s, 8, True), KERNEL_PAIRS)
+    d = s.inputs
+    infinite = kernels.relu_moment(d, d, (x * y).sum(1), order=1) / d  # (pairs,)
 
     def density(width):
-        return min(1.0, fig8_at(s, width, False, lr=1.0).kept[0] / (INPUTS * width)) if width > 8 else 1.0
+        return first_density(fig8_at(s, width, False, lr=1.0))
 
     def measured(width):
         """Distances of networks before training: those of Figure 8, and those that keep each weight independently."""
         of_figure_8, independent = [], []
         for seed in range(s.seed, s.seed + KERNEL_SEEDS):
             u = nn.to_host(build(replace(fig8_at(s, width, False, lr=1.0), seed=seed))[1].weight.data)
-            theta = (np.maximum(x @ u.T, 0) * np.maximum(y @ u.T, 0)).sum(1) / (width * INPUTS)
+            theta = (np.maximum(x @ u.T, 0) * np.maximum(y @ u.T, 0)).sum(1) / (width * d)
             of_figure_8.append(np.mean((theta - infinite) ** 2))
             theta = kernels.measured_kernel(x, y, width, density(width), nn.generator(seed, "kernel", width)).diagonal()
             independent.append(np.mean((theta - infinite) ** 2))
@@ -241,7 +268,7 @@ def fig8b_compute(s):
     names = ("exact", "bias", "variance", "series", "raw", "measured", "measured independent")
     result = {"digest": dataset.digest[:16], "pairs": KERNEL_PAIRS, "networks": KERNEL_SEEDS, "widths": KERNEL_WIDTHS,
               "densities": [density(n) for n in KERNEL_WIDTHS],
-              "formula": [float(kernels.kernel_distance_formula(n, density(n), INPUTS)) for n in KERNEL_WIDTHS],
+              "formula": [float(kernels.kernel_distance_formula(n, density(n), d)) for n in KERNEL_WIDTHS],
               **{name: [] for name in names}}
     for n in tqdm(KERNEL_WIDTHS, desc="kernel distance", disable=None, leave=False):
         bias, variance = kernels.kernel_distance(x, y, n, density(n), split=True, rtol=1e-5)
@@ -249,11 +276,95 @@ def fig8b_compute(s):
         theory = [mean_and_error(v) for v in (bias + variance, bias, variance, series, raw * (bias + variance))]
         for name, value in zip(names, theory + measured(n)):
             result[name].append(value)
+    train_x, test_x = (as_inputs(dataset, images) for images in (dataset.train_images, dataset.test_images))
     prediction = kernels.gp_predict(kernels.infinite_kernel(train_x), dataset.train_labels,
                                     kernels.infinite_kernel(test_x, train_x), rng=nn.generator(s.seed, "gp"))
     return result | {"gp_test_acc": float(np.mean(prediction.labels == dataset.test_labels)),
                      "gp_noise": prediction.noise, "gp_held_out_acc": prediction.held_out_accuracy}
 
+
+# ---------------------------------------------------------------------------------------------- the best width
+
+
+OPTIMUM_SIDES, OPTIMUM_BASES, OPTIMUM_WIDTHS, OPTIMUM_PAIRS = (28, 14, 7), (2, 4, 8, 16, 32), 10, 200
+OPTIMUM_RATES = tuple(2.0**k for k in range(5, 13))
+OPTIMUM_LR = {}  # (side, base): the best for each width on held-out images, copied from what --plot optimum_lr prints
+
+
+def optimum_widths(side, base):
+    """Ten widths in geometric progression, or as many as there are, from the dense network of width `base` to the one
+    whose first layer has one weight a unit where the last one takes ten.
+    """
+    widest = (side**2 + CLASSES) * base // (CLASSES + 1)
+    for count in itertools.count(OPTIMUM_WIDTHS):
+        widths = sorted({round(n) for n in np.geomspace(base, widest, count)})
+        if len(widths) >= min(OPTIMUM_WIDTHS, widest - base + 1):
+            return widths
+
+
+OPTIMUM_NETWORKS = [(side, base, i, n) for side, base in itertools.product(OPTIMUM_SIDES, OPTIMUM_BASES)
+                    for i, n in enumerate(optimum_widths(side, base))]
+
+
+def optimum_runs(s):
+    """Over width at each of five numbers of weights and three sizes of images, otherwise as in Figure 8."""
+    return lab.over_seeds(s, [fig8_at(replace(s, side=side), n, False, OPTIMUM_LR[side, base][i], base)
+                              for side, base, i, n in OPTIMUM_NETWORKS], 10)
+
+
+def optimum_lr_runs(s):
+    """Every learning rate for every network of `optimum`, tested on training images that are not trained on."""
+    s = replace(s, held_out=5000)
+    return lab.over_seeds(s, [fig8_at(replace(s, side=side), n, False, lr, base)
+                              for side, base, _, n in OPTIMUM_NETWORKS for lr in OPTIMUM_RATES], 2)
+
+
+def optimum_compute(s):
+    """For each budget: the width at which the kernel of its networks is nearest to the infinite-width one, by the exact
+    theory, with the interval from resampling pairs of images, by the series and by Eq. 4; and the exact distances at
+    the widths that are trained.
+    """
+    budgets = []
+    for side, base in tqdm(list(itertools.product(OPTIMUM_SIDES, OPTIMUM_BASES)), "kernel distance", disable=None,
+                           leave=False):
+        at = replace(s, side=side)
+        dataset, x, y, _ = kernel_pairs(fig8_at(at, base, True, 1.0, base), OPTIMUM_PAIRS)
+        widths = optimum_widths(side, base)
+        networks = {n: fig8_at(at, n, False, 1.0, base) for n in range(widths[0], widths[-1] + 1)}
+        density = {n: first_density(network) for n, network in networks.items()}
+
+        def kept(width):
+            return density[width] * at.inputs * width
+
+        ends, rng = (widths[0], widths[-1]), nn.generator(s.seed, "kernel resamples")
+        exact, _, interval = kernels.optimal_width(x, y, kept, "exact", ends, RESAMPLES, rng, rtol=1e-4)
+        formula = {n: kernels.kernel_distance_formula(n, p, at.inputs) for n, p in density.items()}
+        budgets.append({"side": side, "base_width": base, "widths": widths, "densities": [density[n] for n in widths],
+                        "distances": [float(kernels.kernel_distance(x, y, n, density[n], rtol=1e-4).mean())
+                                      for n in widths],
+                        "exact": exact, "interval": interval, "formula": min(formula, key=formula.get),
+                        "series": kernels.optimal_width(x, y, kept, "series", ends)[0]})
+    return {"digest": dataset.digest[:16], "pairs": OPTIMUM_PAIRS, "budgets": budgets}
+
+
+def best_width(s, weights):
+    """Print the width that the kernel tells for a first layer of so many weights on this data, and what lies around."""
+    if weights < 1:
+        raise lab.UsageError(f"--best-width takes a number of weights, 1 or more, not {weights}")
+    _, x, y, _ = kernel_pairs(s, BEST_WIDTH_PAIRS)
+    rng = nn.generator(s.seed, "kernel resamples")
+    best, least, (low, high) = kernels.optimal_width(x, y, weights, resamples=RESAMPLES, rng=rng, rtol=1e-3)
+    print(f"width {best} (95 % interval {low} to {high}, from resampling {len(x)} pairs of test images)\n"
+          "the kernel's mean squared distance from infinite width, at initialisation:\n"
+          "   width  density   distance   of the least")
+    dense = -(-weights // s.inputs)
+    for n in sorted({max(dense, min(weights, round(best * 2.0 ** (k / 2)))) for k in range(-4, 5)}):
+        density = min(1.0, weights / (s.inputs * n))
+        distance = kernels.kernel_distance(x, y, n, density, rtol=1e-3).mean()
+        print(f"{n:8,} {density:8.2g} {distance:10.3g} {distance / least:14.2f}")
+
+
+# ---------------------------------------------------------------------------------------------- figures
 
 FIGURES = {
     "width": lab.Figure("accuracy over width at a fixed number of weights", width_runs, draw.width),
@@ -263,6 +374,10 @@ FIGURES = {
                        draw.fig8),
     "fig8b": lab.Figure("kernel distance at initialisation and test error over width at 6,352 weights", fig8b_runs,
                         draw.fig8b, compute=fig8b_compute),
+    "optimum": lab.Figure("the width that the kernel predicts and the best one, at 15 numbers of weights", optimum_runs,
+                          draw.optimum, compute=optimum_compute),
+    "optimum_lr": lab.Figure("learning rates for optimum, chosen on held-out training images", optimum_lr_runs,
+                             draw.optimum_lr),
     "fig8_lr": lab.Figure("learning rates for fig8, chosen on held-out training images", fig8_lr_runs, draw.fig8_lr),
 }
 
@@ -271,7 +386,9 @@ EXPERIMENT = lab.Experiment(
     quick=dict(epochs=30, seeds=1, jobs=2),
     quick_help="30 epochs; without --width the figure `width`, trained and drawn",
     quick_figure="width",
-    figures_choose=dict.fromkeys(("width", "dense"), "widths of their own"),
+    figures_choose=dict.fromkeys(("width", "dense"), "widths of their own") | {"side": "images of their own size"},
+    actions={"best-width": ("say which width the kernel predicts to be the best for a first layer of N weights", "N",
+                            best_width)},
 )
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ EXPERIMENT = lab.Experiment(
                "widths 8 and 16",
     quick_figure="table1",
     figures_choose=resnet.EXPERIMENT.figures_choose,
-    actions={"prepare": ("write DATA_DIR/imagenet-256, the copy of ImageNet with smallest side 256, and end", prepare)},
+    actions={"prepare": ("write DATA_DIR/imagenet-256, the copy of ImageNet with smallest side 256, and end", None,
+                         prepare)},
 )
 
 if __name__ == "__main__":

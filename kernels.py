@@ -351,25 +351,16 @@ def series_moments(X, Y, density):
 
 # ---------------------------------------------------------------------------------------------- sparse, exactly
 #
-# Let z_a = w x cos a + w y sin a and Q_a its variance given the mask: Q_a = sum over kept i of q_i, p q_i =
-# (x_i cos a + y_i sin a)^2. DESIGN's double integrals over s = r cos a, t = r sin a, done over r given the mask, leave
+# docs/theory.md derives what follows (section 4) and says how large its errors are (section 5).
+# Given the mask, w x cos a + w y sin a has the variance Q_a = sum over kept i of q_i, p q_i = (x_i cos a + y_i sin a)^2;
 #     F(a) = E Q_a log Q_a,    G(a) = E Q_a^2 log Q_a,    and for |x| = |y| = 1 with C = sum x_i y_i / p over the mask
 #     4 Kp_1 = 2/pi + x.y + 1/pi^2 int [(F(a) + F(-a))/2 - cos^2 a F(0) - sin^2 a F(pi/2)] / (sin a cos a)^2 da
 #     4 Kp_2 = E (w x)^2 (w y)^2 + 4/pi E C (Q_0 + Q_pi/2) + 2/pi^2 int [(G(a) - G(-a)) / 2 sin 2a - cos^2 a g_0 -
 #              sin^2 a g_1] / (sin a cos a)^2 da,   g_0, g_1 the limits of the quotient at 0 and pi/2,
-# over 0 < a < pi/2. Both are linear in the law of Q, so what makes F and G rough is taken out with its known value:
-#   - the dense law (Q_a = its mean), which gives K_l: what is left is of relative order 1/(pd), and smooth if y ~ x;
-#   - masks that keep one coordinate, or only parallel ones (equal x_i : y_i; the constant background of images, the
-#     zeros of sparse vectors): there w x and w y are proportional, Q log Q has a kink at the angle where it vanishes.
-# In v = log tan a the rest is smooth with tails exp(-|v|), and the trapezoidal rule converges exponentially, or like
-# step^3 where masks of few coordinates leave near-kinks.
-#
-# F and G at one angle come from the Laplace transform M(m) = E exp(-m Q) = prod_i [1 - p + p exp(-m q_i)]: with R the
-# M of a reference law that has the same first two moments and known integrals, Q log Q = int exp(-m Q) dm/m^2 and
-# Q^2 log Q = -2 int exp(-m Q) dm/m^3 up to polynomials in Q, so E of both needs int (M - R) dm/m^2 or /m^3.
-# The trapezoidal rule in log m with two nodes an octave has relative error 2 |Gamma(-1 + 4 pi i / log 2)| < 1e-12, and
-# along m, 2m, 4m, ... each exponential is the square of the one before: no exp in the inner loop. Below the first
-# node M - R is summed from its Taylor series, since there M - R cancels to rounding.
+# over 0 < a < pi/2. Both are linear in the law of Q, and two parts of it are taken out with their known values: the
+# dense law, and masks that keep one coordinate or only parallel ones (equal x_i : y_i).
+# F and G at one angle are integrals of the Laplace transform M(m) = E exp(-m Q) over m^-2 dm and m^-3 dm, less that of a
+# reference law: the trapezoidal rule in log m, two nodes an octave; below the first node the Taylor series.
 
 TERMS = 14
 STEP, REACH, REACH_2 = 0.5, 10.0, 7.0  # nodes v of the coarsest rule, the largest |v| for F and for G
@@ -600,15 +591,20 @@ def optimal_density(weights_per_input, d):
     return float(roots[abs(roots.imag) < 1e-9 * abs(roots)].real.max() ** -2)
 
 
-def optimal_width(x, y, weights, method="exact", widths=None, **options):
+def optimal_width(x, y, weights, method="exact", widths=None, resamples=0, rng=None, **options):
     """(width, distance): the integer width n at which the mean kernel_distance over the pairs x, y (..., d) is smallest
     when the first layer keeps a fixed number of weights, so that the density is p = weights / (n d).
 
     weights: that number, or a function of the width that returns it (a mask's rule may share a budget among layers).
     widths: (least, greatest); by default from density 1 to one weight a unit. method, options: see sparse_moments.
-    Seventeen widths in geometric progression bracket the minimum and thirds of the bracket find it, which is right
-    when the distance has one valley between the neighbours of the best of them.
+    resamples: find it this many times more, each time of as many pairs, drawn from these with replacement by rng, and
+    return (width, distance, (low, high)): between low and high lie 95 % of the widths found.
+    Thirteen widths in geometric progression bracket the minimum, and the least value of a cubic spline through all that
+    is known says where to look next, until both neighbours of the best width are known. That is right when the distance
+    has one valley between the neighbours of the best of the thirteen. Resamples are judged by the spline.
     """
+    from scipy.interpolate import CubicSpline
+
     _, x, y = pairs(x, y)
     d = x.shape[-1]
     if not (x.size and y.size):
@@ -622,23 +618,38 @@ def optimal_width(x, y, weights, method="exact", widths=None, **options):
     widths = [whole(n, "each of widths", 1) for n in listed(widths, "widths")]
     if len(widths) != 2 or widths[0] > widths[1]:
         raise ValueError(f"widths is (least, greatest), two positive integers in this order, not {tuple(widths)}")
+    if whole(resamples, "resamples"):
+        check_rng(rng, "an interval by resampling")
 
-    @cache
-    def distance(width):
+    def distances(width):
+        """Of each pair"""
         kept = real(count(width), f"the weights of a first layer of width {width}", positive=True)
         if kept > width * d * (1 + 1e-9):
             raise ValueError(f"a first layer of width {width} and {d} inputs cannot keep {kept:,} weights: its widths "
                              f"begin at {math.ceil(kept / d):,}")
-        return float(kernel_distance(x, y, width, min(kept / (width * d), 1.0), method, **options).mean())
+        return to_host(kernel_distance(x, y, width, min(kept / (width * d), 1.0), method, **options)).reshape(-1)
 
-    grid = sorted({round(n) for n in np.geomspace(*widths, 17)})
-    best = min(range(len(grid)), key=lambda i: distance(grid[i]))
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    while high - low > 2:
-        left, right = low + (high - low) // 3, high - (high - low) // 3
-        low, high = (low, right) if distance(left) <= distance(right) else (left, high)
-    width = min(range(low, high + 1), key=distance)
-    return width, distance(width)
+    known = {n: distances(n) for n in sorted({round(n) for n in np.geomspace(*widths, 13)})}
+    while True:
+        mean = {n: float(known[n].mean()) for n in sorted(known)}
+        best, at = min(mean, key=mean.get), list(mean)
+        i = at.index(best)
+        between = np.arange(at[max(i - 1, 0)], at[min(i + 1, len(at) - 1)] + 1)
+        spline = CubicSpline(np.log(at), list(mean.values()))(np.log(between)) if len(at) > 1 else [mean[best]]
+        unknown = [n for n in (int(between[np.argmin(spline)]), best - 1, best + 1)
+                   if n not in known and widths[0] <= n <= widths[1]]
+        if not unknown:
+            break
+        known[unknown[0]] = distances(unknown[0])
+    if not resamples:
+        return best, mean[best]
+    candidates = np.unique(np.geomspace(*widths, 2000).round().astype(int))
+    table = (CubicSpline(np.log(at), [known[n] for n in at])(np.log(candidates)) if len(at) > 1
+             else known[best][None])  # (candidates, pairs)
+    drawn = rng.integers(table.shape[1], size=(resamples, table.shape[1]))
+    found = sorted(int(candidates[table[:, pairs_drawn].mean(1).argmin()]) for pairs_drawn in drawn)
+    outside = int(0.025 * resamples)  # at each end
+    return best, mean[best], (found[outside], found[-1 - outside])
 
 
 # ---------------------------------------------------------------------------------------------- networks and regression

@@ -92,6 +92,14 @@ class Dataset:
         """
         return replace(self, train=replace(self.train, padding=whole(padding, "padding"), flips=flips))
 
+    def averaged(self, side):
+        """Images of side x side pixels, each the mean of a block of pixels, rounded; side divides height and width."""
+        side, (_, H, W) = whole(side, "side", 1), self.shape
+        if H % side or W % side:
+            raise DataError(f"{self.name} has images of {H} x {W} pixels, which {side} x {side} blocks do not divide "
+                            "evenly")
+        return replace(self, train=self.train.averaged(side), test=self.test.averaged(side))
+
     def standardized_by_pixel(self):
         """Each pixel by its own mean and deviation over the training images, constant pixels to 0 (Figure 8)."""
         x = self.train_images.astype(np.float64)  # of whole numbers: a constant pixel's deviation is exactly 0
@@ -121,6 +129,13 @@ class Arrays:
     def split(self, count):
         return (replace(self, images=self.images[:count], labels=self.labels[:count]),
                 replace(self, images=self.images[count:], labels=self.labels[count:]))
+
+    def averaged(self, side):
+        N, C, H, W = self.images.shape
+        blocks = self.images.reshape(N, C, side, H // side, side, W // side)  # (N, C, row, inside, column, inside)
+        size = H // side * (W // side)
+        images = (blocks.sum(axis=(3, 5), dtype=np.int64) + size // 2) // size  # (N, C, side, side)
+        return replace(self, images=images.astype(np.uint8))
 
     def standardized(self, mean, std):
         """The same images normalised by this mean and deviation of image / 255, arrays (C, 1, 1) or (C, H, W); 0 where

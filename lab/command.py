@@ -54,8 +54,9 @@ def parse(experiment, argv):
     todo.add_argument("--quick", action="store_true", help=f"a small version: {experiment.quick_help}")
     todo.add_argument("--dry-run", action="store_true",
                       help="only say what would be trained, and estimate time, memory and disk")
-    for action, (help, _) in experiment.actions.items():
-        todo.add_argument(f"--{action}", action="store_true", help=help)
+    for action, (help, number, _) in experiment.actions.items():
+        how = dict(type=int, metavar=number) if number else dict(action="store_true", default=None)
+        todo.add_argument(f"--{action}", help=help, **how)
     group = parser.add_argument_group("settings")
     types = typing.get_type_hints(experiment.settings)
     for f in fields(experiment.settings):
@@ -175,11 +176,12 @@ def dry_run(experiment, runs):
 
 def perform(experiment, settings, todo, argv, ranks):
     """Do what the command line asks for; returns the exit code."""
-    actions = [act for name, (_, act) in experiment.actions.items() if vars(todo)[name.replace("-", "_")]]
+    actions = [(act, [given] if number else []) for name, (_, number, act) in experiment.actions.items()
+               if (given := vars(todo)[name.replace("-", "_")]) is not None]
     if ranks.rank and (actions or todo.plot or todo.list or todo.dry_run):  # what one process does
         return 0
-    for act in actions:
-        act(settings)
+    for act, number in actions:
+        act(settings, *number)
     if actions:
         return 0
     name = experiment.quick_figure if todo.quick_figure else todo.sweep or todo.list or todo.plot

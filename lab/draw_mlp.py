@@ -68,11 +68,11 @@ def fig5(points, metric):
     return figure, summary
 
 
-def tuned(points, metric="best"):
+def tuned(points, metric="best", names=("dense", "width")):
     """{(dense, width): the learning rate of the highest mean accuracy on held-out images, with no seed diverged}"""
     best = {}
     for p in (p for p in points if len(p.finished) == len(p.results)):
-        key, accuracy = (p.settings.dense, p.settings.width), p.mean(f"{metric}_test_acc")
+        key, accuracy = tuple(getattr(p.settings, name) for name in names), p.mean(f"{metric}_test_acc")
         if math.isfinite(accuracy) and accuracy > best.get(key, (-1, None))[0]:
             best[key] = accuracy, p.settings.lr
     return {key: lr for key, (_, lr) in best.items()}
@@ -158,3 +158,118 @@ def fig8b(points, metric, computed):
                     f"{computed['pairs']:,} pairs, bars: standard error over pairs (theory), deviation over networks "
                     "(measured)", fontsize=9)
     return figure, summary
+
+
+# ---------------------------------------------------------------------------------------------- the best width
+
+
+def best_of(widths, errors, rng, resamples=10_000):
+    """(the width of least mean error, (low, high), [widths not distinguishable from it]) from the errors of several
+    seeds at each width, a list of arrays.
+
+    low, high: hold 95 % of the best widths when the seeds of each width are drawn again with replacement. Not
+    distinguishable: the difference of means has a p value above 5 % in Welch's t test.
+    """
+    from scipy.stats import ttest_ind
+
+    means = np.array([rng.choice(e, (resamples, len(e))).mean(1) for e in errors])  # (widths, resamples)
+    best = int(np.argmin([e.mean() for e in errors]))
+    found, outside = np.sort(np.take(widths, means.argmin(0))), int(0.025 * resamples)
+    alike = [n for n, e in zip(widths, errors)
+             if e is errors[best] or not ttest_ind(e, errors[best], equal_var=False).pvalue < 0.05]
+    return widths[best], (int(found[outside]), int(found[-1 - outside])), alike
+
+
+def in_hindsight(values):
+    """The constant that is nearest to all of these on a logarithmic scale, by the mean distance"""
+    return math.exp(np.median(np.log(values)))
+
+
+def optimum(points, metric, computed):
+    """Predicted over measured best width, above error over width for each number of weights."""
+    from scipy.stats import spearmanr
+
+    sides = sorted({b["side"] for b in computed["budgets"]}, reverse=True)
+    figure, axes = panels([["exact"] * len(sides) + ["formula"] * len(sides), sum(([side] * 2 for side in sides), [])], (11, 9),
+                          height_ratios=(1.2, 1))
+    found = []  # (what was computed for a budget, the best width, its interval)
+    summary, rng = [], np.random.default_rng(0)
+    bases = sorted({b["base_width"] for b in computed["budgets"]})
+    for b in computed["budgets"]:
+        line = sorted((p for p in points if (p.settings.side, p.settings.base_width) == (b["side"], b["base_width"])),
+                      key=lambda p: p.settings.width)
+        if not all(p.finished for p in line):
+            continue
+        errors = [100 - 100 * np.array(p.values(f"{metric}_test_acc")) for p in line]
+        means, color = np.array([e.mean() for e in errors]), f"C{bases.index(b['base_width'])}"
+        best, interval, alike = best_of(b["widths"], errors, rng)
+        found.append((b, best, interval))
+        weights = line[0].settings.budget
+        rank = spearmanr(b["distances"], means).statistic
+        summary.append(f"{b['side']} x {b['side']}, {weights:,} weights: best width {best} ({means.min():.2f} % error; 95 % "
+                       f"interval {interval[0]} to {interval[1]}, not distinguishable {alike[0]} to {alike[-1]}); "
+                       f"predicted {b['exact']} ({b['interval'][0]} to {b['interval'][1]}), by the series "
+                       f"{b['series']}, by Eq. 4 {b['formula']}; rank correlation of distance and error over "
+                       f"{len(means)} widths {rank:.2f}")
+        ax = axes[b["side"]]
+        ax.plot(b["widths"], means, f"{color}o-", markersize=3, label=f"{weights:,}")
+        ax.plot(b["exact"], np.interp(np.log(b["exact"]), np.log(b["widths"]), means), f"{color}*", markersize=13,
+                markeredgecolor="k")
+        for name in ("exact", "formula"):
+            predicted = b[name]
+            axes[name].errorbar(best, predicted, xerr=np.abs(np.subtract(interval, best))[:, None],
+                                yerr=np.abs(np.subtract(b["interval"], predicted))[:, None] if name == "exact" else None,
+                                fmt=f"{color}{'os^'[sides.index(b['side'])]}", capsize=2)
+    measured = np.array([best for _, best, _ in found])
+    ratio = in_hindsight([best / b["base_width"] for b, best, _ in found])
+    guesses = {"exact theory": [b["exact"] for b, *_ in found], "the series": [b["series"] for b, *_ in found],
+               "Eq. 4": [b["formula"] for b, *_ in found],
+               f"a fixed connectivity (in hindsight, {100 / ratio:.2g} %)": [b["base_width"] * ratio for b, *_ in found],
+               f"a fixed width (in hindsight, {in_hindsight(measured):.0f})": [in_hindsight(measured)] * len(found)}
+    words = {}
+    for name, guess in guesses.items():
+        off = np.log2(np.array(guess) / measured)
+        rank = spearmanr(guess, measured).statistic if len(set(guess)) > 1 < len(measured) else math.nan
+        words[name] = f"off by {abs(off).mean():.2f} octaves (mean {off.mean():+.2f}), rank correlation {rank:.2f}"
+        summary.append(f"best width by {name}: {words[name]}")
+    low, high = 0.7 * min(map(min, (b["widths"] for b, *_ in found))), 1.4 * max(max(b["widths"]) for b, *_ in found)
+    for name, label in (("exact", "exact theory"), ("formula", "Eq. 4")):
+        axes[name].plot([low, high], [low, high], "k:", linewidth=1)
+        axes[name].set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="best width, measured",
+                       ylabel=f"best width, by the {label}" if name == "exact" else f"best width, by {label}")
+        axes[name].set_title(f"{label}: {words[label]}", fontsize=9)
+        axes[name].grid(alpha=0.3)
+    for side, marker in zip(sides, "os^"):
+        axes["exact"].plot([], [], f"k{marker}", label=f"{side} x {side} pixels")
+        axes_over_width(axes[side], {n for b, *_ in found if b["side"] == side for n in b["widths"][::3]}, UNIT)
+        axes[side].set_title(f"{side} x {side} pixels; stars: predicted", fontsize=9)
+        axes[side].legend(title="weights", fontsize=7)
+    axes[sides[0]].set_ylabel(f"{metric} test error, %")
+    axes["exact"].legend(fontsize=8)
+    figure.suptitle(f"{subject(points)}: does the kernel tell the best width?\n"
+                    f"{title(points, metric, about=(*FIGURE_8, 'side'), bars=False)}, bars: 95 % intervals", fontsize=10)
+    return figure, summary
+
+
+def optimum_lr(points, metric):
+    """The chosen learning rate over width, a line for each number of weights."""
+    chosen = tuned(points, metric, ("side", "base_width", "width"))
+    sides, bases = (sorted({getattr(p.settings, name) for p in points}) for name in ("side", "base_width"))
+    figure, axes = panels(len(sides), (11, 4.4), sharey=True)
+    lines = {}
+    for (side, base, width), rate in sorted(chosen.items()):
+        lines.setdefault((side, base), {})[width] = rate
+    for ax, side in zip(axes, reversed(sides)):
+        for i, base in enumerate(bases):
+            line = lines.get((side, base), {})
+            ax.plot(list(line), list(line.values()), f"C{i}o-", label=f"weights of width {base}")
+        ax.set_xscale("log")
+        ax.set_yscale("log", base=2)
+        ax.set(title=f"{side} x {side} pixels", xlabel=f"width ({UNIT})")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("learning rate")
+    axes[0].legend(fontsize=8)
+    words = title(points, metric, "held-out", about=(*FIGURE_8, "side"), bars=False)
+    figure.suptitle(f"{subject(points)}: chosen learning rates\n{words}", fontsize=10)
+    rows = [f"    {key}: ({', '.join(map(str, line.values()))})," for key, line in lines.items()]
+    return figure, ["OPTIMUM_LR = {", *rows, "}"]

@@ -310,7 +310,7 @@ def weights_of(line):
 
 
 def panels(columns=1, size=(7, 4.4), **options):
-    """(matplotlib figure, its panel or panels side by side)"""
+    """(matplotlib figure, its panel or panels side by side; for rows of names in place of columns {name: panel})"""
     backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, unknown outside; here pictures only become files
     try:
         from matplotlib.figure import Figure  # here: training takes no pictures
@@ -318,7 +318,8 @@ def panels(columns=1, size=(7, 4.4), **options):
         os.environ |= {"MPLBACKEND": backend} if backend is not None else {}
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(1, columns, **options)
+    return figure, (figure.subplot_mosaic if isinstance(columns, list) else figure.subplots)(
+        *([columns] if isinstance(columns, list) else [1, columns]), **options)
 
 
 def describe(ax, ylabel, heading):

@@ -131,8 +131,9 @@ class Experiment:
 
     script: its path. load(settings) gives its Dataset, train(run) trains one network, see exp_mlp_mnist.py. figures:
     {name: Figure}. quick: the settings that --quick changes; quick_figure: what it sweeps and draws if no width is
-    given. figures_choose: {setting: the flags that figures take in its place}. actions: {flag: (help, what it does with
-    the settings)} of what can be done besides training.
+    given. figures_choose: {setting: the flags that figures take in its place}. actions: {flag: (help, what the number
+    that follows it is called or None, what it does with the settings and this number)} of what can be done besides
+    training.
     """
 
     name: str

@@ -858,6 +858,22 @@ def test_standardized_by_pixel():
     np.testing.assert_array_equal(x[:, 0, 1, 2], 0)
 
 
+@pytest.mark.parametrize("side", [1, 2, 3, 6, 12])
+def test_averaged(side):
+    """Each pixel the mean of a block, rounded; the data are the same, and what divides nothing is refused."""
+    images = np.random.default_rng(1).integers(0, 256, (7, 2, 12, 24)).astype(np.uint8)
+    images[0] = 255
+    whole = Dataset("random", 10, Arrays(images[:5], np.zeros(5, np.int64)), Arrays(images[5:], np.zeros(2, np.int64)))
+    found = whole.averaged(side)
+    for n, channel, i, j in np.ndindex(5, 2, side, side):
+        block = images[n, channel, i * 12 // side : (i + 1) * 12 // side, j * 24 // side : (j + 1) * 24 // side]
+        assert abs(found.train_images[n, channel, i, j] - block.mean()) <= 0.5
+    assert found.shape == (2, side, side) and found.test_images.shape == (2, 2, side, side)
+    assert found.train_images.dtype == np.uint8 and found.digest == whole.digest
+    with pytest.raises(DataError, match="random has images of 12 x 24 pixels, which 5 x 5 blocks do not divide"):
+        whole.averaged(5)
+
+
 def test_orders_are_those_of_recorded_runs():
     """A checkpoint goes on in the order in which it was begun: these numbers stay as they are."""
     order = [7, 19, 6, 2, 0, 14, 17, 1, 12, 10, 8, 3, 5, 13, 11, 9, 16, 4, 15, 18]

@@ -342,6 +342,24 @@ def test_runs_of_the_mlps_figures():
     assert len(mlp.width_runs(s)) == 39 and set(mlp.FIG8_WIDTHS) <= set(mlp.KERNEL_WIDTHS)
 
 
+def test_runs_of_the_best_width():
+    """Nine widths or more at each of 15 numbers of weights, from dense to one weight a unit, the last layer dense."""
+    for runs, seeds in ((mlp.optimum_runs(mlp.Settings()), 10), (mlp.optimum_lr_runs(mlp.Settings()), 2)):
+        families = {}
+        for run in runs:
+            run.check()
+            families.setdefault((run.side, run.base_width), set()).add(run.width)
+            assert run.budget == (run.side**2 + 10) * run.base_width and run.limit == 2048 and run.ntk
+            assert run.dense == (run.width == run.base_width) and run.last == (None if run.dense else 1.0)
+        assert {key for key in families} == {(side, base) for side in (28, 14, 7) for base in (2, 4, 8, 16, 32)}
+        for (side, base), widths in families.items():
+            assert 9 <= len(widths) <= 12 and min(widths) == base
+            assert (side**2 + 10) * base // 11 == max(widths)
+        assert len({run.run_name() for run in runs}) == len(runs)
+        assert len(runs) == seeds * sum(map(len, families.values())) * (1 if seeds == 10 else len(mlp.OPTIMUM_RATES))
+    assert all(run.held_out for run in runs)
+
+
 def test_runs_of_the_resnets_figures():
     s = resnet.Settings(bases="8,12", widths="12,8,18", seeds=2)
     fig6, fig7, fig9 = resnet.fig6_runs(s), resnet.fig7_runs(s), resnet.fig9_runs(s)
@@ -508,6 +526,27 @@ def test_a_learning_rate_with_a_diverged_seed_is_not_chosen():
     assert summary == ["FIG8_LR = {(True, 8): 16.0}"]
 
 
+def test_the_best_width_of_made_up_errors():
+    """The interval holds the known minimum, and what is far from it is told apart."""
+    rng, widths = np.random.default_rng(5), [10, 20, 40, 80, 160]
+    level = np.array([6.0, 4.0, 3.0, 3.05, 5.0])
+    errors = [m + rng.normal(0, 0.3, 10) for m in level]
+    best, (low, high), alike = draw_mlp.best_of(widths, errors, rng)
+    assert best in (40, 80) and (low, high) == (40, 80) and alike == [40, 80]
+    precise = [m + rng.normal(0, 1e-3, 3) for m in level]
+    assert draw_mlp.best_of(widths, precise, rng) == (40, (40, 40), [40])
+    assert draw_mlp.best_of(widths, [np.array([m]) for m in level], rng)[:2] == (40, (40, 40))
+    hits = [draw_mlp.best_of([1, 2, 3], [m + rng.normal(0, 1, 10) for m in (1, 0, 1)], rng, 500) for _ in range(100)]
+    assert sum(low <= 2 <= high for _, (low, high), _ in hits) >= 90
+
+
+def test_a_constant_in_hindsight():
+    values = [3.0, 5.0, 40.0]
+    best = draw_mlp.in_hindsight(values)
+    assert best == pytest.approx(5) and all(
+        abs(np.log2(values) - np.log2(best)).sum() <= abs(np.log2(values) - np.log2(other)).sum() for other in (3, 8, 20))
+
+
 # ---------------------------------------------------------------------------------------------- small runs
 
 
@@ -541,6 +580,59 @@ def test_figure_8b_from_training_to_picture(data_dir, tmp_path, monkeypatch, cap
     np.testing.assert_allclose(bias + variance, exact, rtol=1e-9)
     assert computed["formula"][1] == kernels.kernel_distance_formula(32, computed["densities"][1], 784)
     assert 0.1 < computed["gp_test_acc"] <= 1
+
+
+def test_the_best_width_from_training_to_picture(data_dir, tmp_path, monkeypatch, capsys):
+    """Both commands at a small size, on images of two sizes: the learning rates, then the figure."""
+    load = mlp.load
+    for name, value in dict(OPTIMUM_SIDES=(14, 7), OPTIMUM_BASES=(2, 4), OPTIMUM_PAIRS=6, RESAMPLES=20,
+                            OPTIMUM_RATES=(32.0, 64.0), load=lambda s: load(replace(s, limit=300))).items():
+        monkeypatch.setattr(mlp, name, value)
+    networks = [(side, base, i, n) for side in (14, 7) for base in (2, 4)
+                for i, n in enumerate(mlp.optimum_widths(side, base)) if i < 3]
+    monkeypatch.setattr(mlp, "OPTIMUM_NETWORKS", networks)
+    monkeypatch.setattr(mlp, "optimum_widths", lambda side, base: [n for *key, _, n in networks if key == [side, base]])
+    words = ["--data", "synthetic", "--data-dir", data_dir, "--out", str(tmp_path), "--epochs", "1"]
+    assert lab.main(mlp.EXPERIMENT, [*words, "--sweep", "optimum_lr", "--seeds", "1"]) == 0
+    assert lab.main(mlp.EXPERIMENT, [*words, "--plot", "optimum_lr", "--seeds", "1"]) == 0
+    table = {}
+    exec(re.search(r"OPTIMUM_LR = {.*?\n}", capsys.readouterr().out, re.DOTALL)[0], table)
+    assert {key: len(rates) for key, rates in table["OPTIMUM_LR"].items()} == {
+        (side, base): 3 for side in (14, 7) for base in (2, 4)}
+    monkeypatch.setattr(mlp, "OPTIMUM_LR", table["OPTIMUM_LR"])
+    assert lab.main(mlp.EXPERIMENT, [*words, "--sweep", "optimum", "--seeds", "2"]) == 0
+    assert lab.main(mlp.EXPERIMENT, [*words, "--plot", "optimum", "--seeds", "2"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("rank correlation of distance and error over 3 widths") == 4
+    assert re.search(r"best width by exact theory: off by \d\.\d\d octaves", told)
+    assert re.search(r"best width by a fixed connectivity \(in hindsight, \d+ %\)", told)
+    computed = read_json(tmp_path / "mlp_mnist" / "synthetic" / "optimum,seed=0.json")["computed"]
+    for budget in computed["budgets"]:
+        s = mlp.fig8_at(mlp.Settings(data="synthetic", data_dir=data_dir, side=budget["side"]), 4, True, 1.0, 4)
+        _, x, y, _ = mlp.kernel_pairs(s, 6)
+        weights = (budget["side"] ** 2 + 10) * budget["base_width"]
+        every = {n: kernels.kernel_distance(x, y, n, (weights - 10 * n) / (n * budget["side"] ** 2), rtol=1e-4).mean()
+                 for n in range(budget["widths"][0], budget["widths"][-1] + 1)}
+        assert budget["exact"] == min(every, key=every.get) and budget["densities"][0] == 1
+        assert budget["distances"] == pytest.approx([every[n] for n in budget["widths"]])
+        assert budget["interval"][0] <= budget["exact"] <= budget["interval"][1]
+
+
+def test_the_best_width_for_a_number_of_weights(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mlp, "BEST_WIDTH_PAIRS", 8)
+    words = ["--data", "synthetic", "--data-dir", data_dir, "--limit", "300", "--side", "7", "--best-width"]
+    assert lab.main(mlp.EXPERIMENT, [*words, "1000"]) == 0
+    first, _, _, *rows = capsys.readouterr().out.splitlines()
+    width, low, high = map(int, re.match(r"width (\d+) \(95 % interval (\d+) to (\d+), from", first).groups())
+    table = np.array([row.replace(",", "").split() for row in rows], float)
+    assert low <= width <= high and width in table[:, 0] and len(table) >= 5
+    assert table[:, 3].min() == 1 == table[table[:, 0] == width, 3][0]
+    np.testing.assert_allclose(table[:, 0] * table[:, 1] * 49, 1000, rtol=0.05)
+    for wrong, says in (([*words, "0"], "--best-width takes a number of weights, 1 or more, not 0"),
+                        ([*words, "many"], "argument --best-width: invalid int value: 'many'"),
+                        ([*words, "50", "--side", "5"], "--side is a whole fraction of 28, such as 14 or 7, not 5")):
+        assert lab.main(mlp.EXPERIMENT, wrong) == 2
+        assert f"exp_mlp_mnist.py: {says}" in capsys.readouterr().err
 
 
 SMALL = {

@@ -271,6 +271,20 @@ def test_optimal_width_against_all_widths():
         assert min(every) < width < max(every)
 
 
+def test_an_interval_of_the_optimal_width():
+    """Each resample's width is the best of all widths for its pairs, and 95 % of them lie between the ends."""
+    rng = np.random.default_rng(14)
+    x, y = rng.standard_normal((2, 6, 30)) + 3 * rng.standard_normal((2, 6, 1))
+    every = np.array([kernels.kernel_distance(x, y, n, 2000 / (30 * n), "series") for n in range(67, 2001)])
+    drawn = np.random.default_rng(3).integers(6, size=(40, 6))
+    wanted = np.sort(67 + every[:, drawn].mean(-1).argmin(0))
+    width, distance, (low, high) = kernels.optimal_width(x, y, 2000, "series", None, 40, np.random.default_rng(3))
+    assert (width, distance) == kernels.optimal_width(x, y, 2000, "series")
+    assert (low, high) == pytest.approx((wanted[1], wanted[38]), rel=0.02) and 67 < low < width < high < 2000
+    with pytest.raises(ValueError, match="an interval by resampling needs rng"):
+        kernels.optimal_width(x, y, 2000, "series", resamples=3)
+
+
 # ---------------------------------------------------------------------------------------------- regression
 
 

@@ -500,7 +500,7 @@ def test_quick_and_flags_of_all_kinds():
         deep: bool = setting(False, "")
 
     e = replace(TINY, settings=Settings, quick=dict(epochs=1, deep=True), quick_figure="many",
-                actions={"tidy-up": ("", None)})
+                actions={"tidy-up": ("", None, None)})
     s, todo = command.parse(e, ["--quick", "--no-bias", "--share", "0.5", "--seed=3"])
     assert (s.epochs, s.deep, s.bias, s.share, s.seed) == (1, True, False, 0.5, 3) and todo.quick_figure
     s, todo = command.parse(e, ["--quick", "--width", "8", "--epochs", "2", "--tidy-up"])
@@ -510,9 +510,11 @@ def test_quick_and_flags_of_all_kinds():
 
 def test_an_action_is_done_instead(tmp_path):
     done = []
-    e = replace(TINY, actions={"tidy-up": ("", lambda s: done.append(s.seed))})
+    e = replace(TINY, actions={"tidy-up": ("", None, lambda s: done.append(s.seed)),
+                               "count": ("", "N", lambda s, n: done.append(n))})
     assert command.main(e, [*flags(tmp_path, seed=3), "--tidy-up"]) == 0
-    assert done == [3] and not list(tmp_path.iterdir())
+    assert command.main(e, [*flags(tmp_path), "--count", "0"]) == 0
+    assert done == [3, 0] and not list(tmp_path.iterdir())
 
 
 def test_dry_run(tmp_path, capsys):
