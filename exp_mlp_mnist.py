@@ -161,6 +161,10 @@ FIG8_LR = {  # (dense, width): the best on held-out images, copied from what --p
     (True, 635): 256.0, (False, 32): 64.0, (False, 128): 1024.0, (False, 216): 512.0, (False, 328): 2048.0,
     (False, 512): 1024.0, (False, 635): 1024.0,
 }
+WIDTH_RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+WIDTH_LR = {  # width: the best on held-out images at 3,970 weights, copied from what --plot width_lr prints
+    5: 0.1, 10: 0.1, 20: 0.1, 40: 0.1, 80: 0.1, 160: 0.1, 320: 0.1,
+}
 KERNEL_WIDTHS = (8, 16, 32, 48, 64, 90, 128, 160, 216, 270, 328, 400, 512, 580, 620, 635)
 KERNEL_PAIRS, KERNEL_SEEDS = 1000, 10
 RESAMPLES, BEST_WIDTH_PAIRS = 200, 32
@@ -171,6 +175,18 @@ def width_runs(s):
     widths = [w for w in WIDTHS if s.base_width < w <= 320]
     sparse = [replace(s, width=w, dense=False) for w in (s.base_width, *widths)]
     return lab.over_seeds(s, sparse + [replace(s, width=w, dense=True) for w in widths], 3)
+
+
+def width_lr_runs(s):
+    """Every learning rate at every width of `width` that is sparse, tested on training images not trained on."""
+    s = replace(s, held_out=10_000)
+    return lab.over_seeds(s, [replace(s, width=w, lr=lr) for w in WIDTH_LR for lr in WIDTH_RATES], 2)
+
+
+def width_tuned_runs(s):
+    """The same widths with the learning rate of all and with that chosen for each."""
+    runs = [replace(s, width=w, lr=lr) for w, chosen in WIDTH_LR.items() for lr in dict.fromkeys((s.lr, chosen))]
+    return lab.over_seeds(s, runs, 5)
 
 
 def fig5_runs(s):
@@ -368,6 +384,10 @@ def best_width(s, weights):
 
 FIGURES = {
     "width": lab.Figure("accuracy over width at a fixed number of weights", width_runs, draw.width),
+    "width_lr": lab.Figure("learning rates for width_tuned, chosen on held-out training images", width_lr_runs,
+                           draw.width_lr),
+    "width_tuned": lab.Figure("accuracy over width, the learning rate chosen for each width", width_tuned_runs,
+                              draw.width_tuned),
     "fig5": lab.Figure("accuracy over width and last-layer connectivity at the base's number of weights", fig5_runs,
                        draw.fig5, fig5_paper),
     "fig8": lab.Figure("dense and sparse accuracy over width at 6,352 weights, NTK parameterisation", fig8_runs,

@@ -237,6 +237,23 @@ def fig6_runs(s):
     return lab.over_seeds(s, sparse(s), 3)
 
 
+FIG6_RATES = (0.05, 0.1, 0.2)
+FIG6_LR = {8: 0.1, 18: 0.1, 32: 0.1}  # width: the best for the weights of width 8, from what --plot fig6_lr prints
+
+
+def fig6_lr_runs(s):
+    """Three learning rates at three widths of the first base, tested on training images that are not trained on."""
+    base, s = families(s)[0][0], replace(s, held_out=5000)
+    return lab.over_seeds(s, [at(replace(s, lr=lr), base, w) for w in FIG6_LR for lr in FIG6_RATES], 1)
+
+
+def fig6_tuned_runs(s):
+    """The same widths with the learning rate of all and with that chosen for each."""
+    base = families(s)[0][0]
+    return lab.over_seeds(s, [at(replace(s, lr=lr), base, w) for w, chosen in FIG6_LR.items()
+                              for lr in dict.fromkeys((s.lr, chosen))], 3)
+
+
 def fig7_runs(s):
     return lab.over_seeds(s, sparse_and_dense(s), 3)
 
@@ -285,6 +302,10 @@ FIGURES = {
     "fig1": lab.Figure("sparse and dense accuracy over width", fig7_runs, draw.fig1, paper, notes=notes),
     "fig6": lab.Figure("accuracy over width at each base's number of weights (with Figure 11's error bars)",
                        fig6_runs, draw.fig6, paper, notes=notes),
+    "fig6_lr": lab.Figure("learning rates for fig6_tuned, chosen on held-out training images", fig6_lr_runs,
+                          draw.fig6_lr),
+    "fig6_tuned": lab.Figure("Figure 6 at the first base, the learning rate chosen for each width", fig6_tuned_runs,
+                             draw.fig6_tuned),
     "fig7": lab.Figure("part of the dense improvement that width alone gives", fig7_runs, draw.fig7, paper,
                        notes=notes),
     "fig9": lab.Figure("masks of whole kernels beside masks of single weights", fig9_runs, draw.fig9, paper,

@@ -7,12 +7,15 @@ import numpy as np
 from lab.figures import (
     accuracy_over_width,
     axes_over_width,
+    learning_rates,
     off_the_scale,
+    one_rate_and_tuned,
     panels,
     sparse_and_dense,
     starved,
     subject,
     title,
+    tuned,
 )
 from lab.run import percent
 
@@ -23,6 +26,14 @@ FIGURE_8 = ("limit", "held_out", "batch", "lr", "base_width", "last", "bias", "n
 def width(points, metric):
     heading = f"{subject(points)}: wider at a fixed number of weights"
     return accuracy_over_width(points, sparse_and_dense(points), metric, heading, unit=UNIT)
+
+
+def width_lr(points, metric):
+    return learning_rates(points, metric, "WIDTH_LR", ("width",))
+
+
+def width_tuned(points, metric):
+    return one_rate_and_tuned(points, metric, f"{subject(points)}: wider at a fixed number of weights", unit=UNIT)
 
 
 def fig8(points, metric):
@@ -68,44 +79,8 @@ def fig5(points, metric):
     return figure, summary
 
 
-def tuned(points, metric="best", names=("dense", "width")):
-    """{(dense, width): the learning rate of the highest mean accuracy on held-out images, with no seed diverged}"""
-    best = {}
-    for p in (p for p in points if len(p.finished) == len(p.results)):
-        key, accuracy = tuple(getattr(p.settings, name) for name in names), p.mean(f"{metric}_test_acc")
-        if math.isfinite(accuracy) and accuracy > best.get(key, (-1, None))[0]:
-            best[key] = accuracy, p.settings.lr
-    return {key: lr for key, (_, lr) in best.items()}
-
-
 def fig8_lr(points, metric):
-    """Accuracy on held-out images over the learning rate, a line a network, the chosen rate marked."""
-    figure, axes = panels(2, (11, 4.4), sharey=True)
-    chosen = tuned(points, metric)
-    widths, rates = (sorted({getattr(p.settings, name) for p in points}) for name in ("width", "lr"))
-    top = max((100 * p.mean(f"{metric}_test_acc") for p in points if p.finished), default=100)
-    for ax, dense in zip(axes, (True, False)):
-        for i, width in enumerate(widths):
-            if (dense, width) not in chosen:
-                continue
-            line = {p.settings.lr: 100 * p.mean(f"{metric}_test_acc") for p in points
-                    if (p.settings.dense, p.settings.width) == (dense, width) and p.results}
-            rate = chosen[dense, width]
-            ax.plot(list(line), list(line.values()), f"C{i}o-", label=f"width {width}")
-            ax.plot(rate, line[rate], f"C{i}*", markersize=14)
-            if line[rate] < top - 9:
-                off_the_scale(ax, [rate], [line[rate]], color=f"C{i}")
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(rates, [f"{r:g}" for r in rates])
-        ax.set(title="dense" if dense else f"sparse, {points[-1].settings.budget:,} weights", xlabel="learning rate",
-               ylim=(top - 9, top + 1))
-        ax.grid(alpha=0.3)
-        if ax.lines:
-            ax.legend(fontsize=8, loc="lower center", ncols=2)
-    axes[0].set_ylabel("accuracy on held-out training images, %")
-    words = title(points, metric, "held-out", about=FIGURE_8, bars=False)
-    figure.suptitle(f"Figure 8a. {subject(points)}; stars: chosen\n{words}", fontsize=10)
-    return figure, [f"FIG8_LR = {chosen}"]
+    return learning_rates(points, metric, "FIG8_LR", ("dense", "width"), FIGURE_8)
 
 
 def fig8b(points, metric, computed):
@@ -230,18 +205,24 @@ def optimum(points, metric, computed):
     for name, guess in guesses.items():
         off = np.log2(np.array(guess) / measured)
         rank = spearmanr(guess, measured).statistic if len(set(guess)) > 1 < len(measured) else math.nan
-        words[name] = f"off by {abs(off).mean():.2f} octaves (mean {off.mean():+.2f}), rank correlation {rank:.2f}"
-        summary.append(f"best width by {name}: {words[name]}")
+        words[name] = f"off by a factor of {2 ** abs(off).mean():.2f}, rank correlation {rank:.2f}"
+        summary.append(f"best width by {name}: {words[name]}; mean error of log2 width {abs(off).mean():.2f}, of these "
+                       f"{off.mean():+.2f} in one direction")
+    ticks = [2**k for k in range(1, 12, 2)]
     low, high = 0.7 * min(map(min, (b["widths"] for b, *_ in found))), 1.4 * max(max(b["widths"]) for b, *_ in found)
     for name, label in (("exact", "exact theory"), ("formula", "Eq. 4")):
         axes[name].plot([low, high], [low, high], "k:", linewidth=1)
         axes[name].set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="best width, measured",
                        ylabel=f"best width, by the {label}" if name == "exact" else f"best width, by {label}")
         axes[name].set_title(f"{label}: {words[label]}", fontsize=9)
+        axes[name].set_xticks(ticks, ticks)
+        axes[name].set_yticks(ticks, ticks)
+        axes[name].minorticks_off()
         axes[name].grid(alpha=0.3)
     for side, marker in zip(sides, "os^"):
         axes["exact"].plot([], [], f"k{marker}", label=f"{side} x {side} pixels")
-        axes_over_width(axes[side], {n for b, *_ in found if b["side"] == side for n in b["widths"][::3]}, UNIT)
+        axes_over_width(axes[side], [n for n in ticks if n <= max(b["widths"][-1] for b in computed["budgets"]
+                                                                 if b["side"] == side)], UNIT)
         axes[side].set_title(f"{side} x {side} pixels; stars: predicted", fontsize=9)
         axes[side].legend(title="weights", fontsize=7)
     axes[sides[0]].set_ylabel(f"{metric} test error, %")

@@ -10,6 +10,8 @@ from lab.figures import (
     axes_over_width,
     describe,
     families,
+    learning_rates,
+    one_rate_and_tuned,
     panels,
     plot_lines,
     sparse_and_dense,
@@ -38,6 +40,14 @@ def by_base(points):
 
 def fig6(points, metric):
     return accuracy_over_width(points, by_base(points), metric, heading("Figure 6", points))
+
+
+def fig6_lr(points, metric):
+    return learning_rates(points, metric, "FIG6_LR", ("width",))
+
+
+def fig6_tuned(points, metric):
+    return one_rate_and_tuned(points, metric, heading("Figure 6", points))
 
 
 def fig14(points, metric):

@@ -396,3 +396,62 @@ def accuracy_over_width(points, lines, metric, heading, quantity="test_acc", abo
     what = KINDS[quantity]
     describe(ax, f"{metric} {what} accuracy, %", f"{heading}\n{title(points, metric, what, about)}")
     return figure, summary
+
+
+# ---------------------------------------------------------------------------------------------- learning rates
+
+
+def tuned(points, metric="best", names=("dense", "width")):
+    """{these settings of a network: the learning rate of the highest mean accuracy on held-out images, with no seed
+    diverged}
+    """
+    best = {}
+    for p in (p for p in points if len(p.finished) == len(p.results)):
+        key, accuracy = tuple(getattr(p.settings, name) for name in names), p.mean(f"{metric}_test_acc")
+        if math.isfinite(accuracy) and accuracy > best.get(key, (-1, None))[0]:
+            best[key] = accuracy, p.settings.lr
+    return {key if len(names) > 1 else key[0]: lr for key, (_, lr) in best.items()}
+
+
+def learning_rates(points, metric, table, names, about=()):
+    """(figure, its summary): accuracy on held-out images over the learning rate, a line a width, the chosen rate marked;
+    dense networks in a panel of their own. table: what the script calls the rates that it takes from here, names: the
+    settings that are its keys. about: see title.
+    """
+    kinds = sorted({p.settings.dense for p in points}, reverse=True)
+    figure, axes = panels(len(kinds), (1 + 5 * len(kinds), 4.4), sharey=True, squeeze=False)
+    widths, rates = (sorted({getattr(p.settings, name) for p in points}) for name in ("width", "lr"))
+    top = max((100 * p.mean(f"{metric}_test_acc") for p in points if p.finished), default=100)
+    for ax, dense in zip(axes[0], kinds):
+        those = [p for p in points if p.settings.dense == dense]
+        done = [p for p in those if p.finished]
+        for i, width in enumerate(widths):
+            line = {p.settings.lr: 100 * p.mean(f"{metric}_test_acc") for p in those
+                    if p.settings.width == width and p.results}
+            rate = tuned([p for p in those if p.settings.width == width], metric, ("width",)).get(width)
+            if rate is None:
+                continue
+            ax.plot(list(line), list(line.values()), f"C{i}o-", label=f"width {width}")
+            ax.plot(rate, line[rate], f"C{i}*", markersize=14)
+            if line[rate] < top - 9:
+                off_the_scale(ax, [rate], [line[rate]], color=f"C{i}")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(rates, [f"{r:g}" for r in rates])
+        ax.set(title="dense" if dense else f"sparse, {weights_of(done)}" if done else "sparse", xlabel="learning rate",
+               ylim=(top - 9, top + 1))
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize=8, loc="lower center", ncols=2)
+    axes[0, 0].set_ylabel("accuracy on held-out training images, %")
+    words = title(points, metric, "held-out", about=("lr", "held_out", *about), bars=False)
+    figure.suptitle(f"{subject(points)}; stars: chosen\n{words}", fontsize=10)
+    return figure, [f"{table} = {tuned(points, metric, names)}"]
+
+
+def one_rate_and_tuned(points, metric, heading, **axes):
+    """Accuracy over width at one learning rate, and at that chosen for each width where it is another."""
+    one = points[0].settings.lr
+    lines = [([p for p in points if p.finished and (p.settings.lr == one) == same], style, label)
+             for same, style, label in ((True, "C0o-", f"learning rate {one:g} at every width"),
+                                        (False, "C1s", "chosen for each width on held-out images"))]
+    return accuracy_over_width(points, [line for line in lines if line[0]], metric, heading, about=("lr",), **axes)
