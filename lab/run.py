@@ -145,6 +145,7 @@ class Run:
         self.show, diverged = bar, False
         # A loss that overflows is noticed and recorded, so NumPy need not warn of it too.
         with contextlib.ExitStack() as self.at_the_end, np.errstate(over="ignore", invalid="ignore"):
+            self.at_the_end.callback(self.let_go)
             try:
                 self.experiment.train(self)
             except Diverged:
@@ -154,6 +155,10 @@ class Run:
         if self.stopped:  # asked to stop after the last step: the run is done, but what would follow must not begin
             raise SystemExit(128 + self.stopped[0])
         return result
+
+    def let_go(self):
+        """Of what takes memory, which the next run of a sweep needs."""
+        self.model = self.optimizer = self.dataset = None
 
     def check_same_network(self, when):
         """Raise JobError unless all ranks hold the same network."""

@@ -39,7 +39,8 @@ ENV = dict(os.environ, OPENBLAS_NUM_THREADS="1")
 def test_every_setting_that_matters_is_in_the_name():
     s = mlp.Settings(data="synthetic", width=12, epochs=3, limit=600)
     changes = dict(data="mnist", width=13, base_width=6, dense=True, last=0.5, how="proportional", activation="linear",
-                   bias=False, ntk=True, pixelwise=True, epochs=4, seed=1, limit=601, held_out=5, batch=7, lr=0.2)
+                   bias=False, ntk=True, pixelwise=True, epochs=4, seed=1, limit=601, held_out=5, batch=7, lr=0.2,
+                   side=7)
     assert set(changes) == set(s.identity())
     folders = [lab.Run(mlp.EXPERIMENT, replace(s, **{k: v})).folder for k, v in changes.items()]
     folders.append(lab.Run(mlp.EXPERIMENT, s).folder)

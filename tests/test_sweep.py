@@ -1,5 +1,6 @@
 """Sweeps: shared by processes of any kind, and what happens to a run that fails, is held, or is told to stop."""
 
+import gc
 import io
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +40,25 @@ def test_two_sweeps_at_once_train_every_run_once(tmp_path):
     runs = [lab.Run(mlp.EXPERIMENT, s) for s in mlp.width_runs(settings)]
     assert sorted(names) == sorted(run.settings.run_name() for run in runs) and len(set(names)) == 13
     assert all(run.done() for run in runs)
+
+
+def test_a_sweep_holds_the_data_and_the_network_of_one_run(tmp_path, monkeypatch):
+    """Whether its runs reach the end or fail."""
+    seen, epochs = [], lab.Run.epochs
+
+    def watched(self, *things):
+        gc.collect()
+        assert not any(thing() for thing in seen)
+        seen.extend(weakref.ref(thing) for thing in things)
+        return epochs(self, *things)
+
+    def train(run):
+        tiny.train(run)
+        assert run.settings.seed != 1
+
+    monkeypatch.setattr(lab.Run, "epochs", watched)
+    runs = [lab.Run(replace(TINY, train=train), run_of(tmp_path, seed=i).settings) for i in range(3)]
+    assert sweep(runs) == 1 and len(seen) == 9
 
 
 def test_a_run_that_is_being_trained_is_refused(tmp_path, capsys):
