@@ -6,8 +6,8 @@
     python exp_mlp_mnist.py --sweep fig8_lr                 learning rates for Figure 8, on held-out images
     python exp_mlp_mnist.py --sweep fig8                    Figure 8a: dense and sparse networks, 6,352 weights
     python exp_mlp_mnist.py --plot fig8b                    Figure 8b: the kernel's distance from infinite width
-    python exp_mlp_mnist.py --sweep optimum --jobs 2        does the kernel tell the best width? 15 budgets
-    python exp_mlp_mnist.py --best-width 6352               the width that it tells for a first layer of 6,352 weights
+    python exp_mlp_mnist.py --sweep optimum --jobs 2        the width that the kernel predicts, and the best one
+    python exp_mlp_mnist.py --best-width 6352 --pixelwise   the width that it predicts for 6,352 weights
     python exp_mlp_mnist.py --plot fig5                     a figure and its table from what is done
 
 Measured: 90.2 % at width 5, 95.9 % at width 80 (3,970 weights, 100 epochs, 3 seeds; the paper: about 90, best 96.3).
@@ -26,6 +26,7 @@ import kernels
 import lab
 import nn
 from lab import draw_mlp as draw
+from lab import draw_optimum
 from lab import setting
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -232,6 +233,10 @@ def kernel_pairs(s, count):
     """
     dataset = load(s)
     images = as_inputs(dataset, dataset.test_images)
+    images = images[(images != 0).any(axis=1)]
+    if len(images) < 2:
+        raise lab.UsageError(f"the kernel is compared on pairs of test images that are not all zero, and with these "
+                             f"settings there {'is one' if len(images) else 'are none'}")
     rng = nn.generator(s.seed, "kernel pairs")
     x, y = images[[rng.choice(len(images), 2, replace=False) for _ in range(count)]].transpose(1, 0, 2)
     raw = ((x * x).sum(1) * (y * y).sum(1)) / s.inputs**2  # (count,): the distance grows by this without the scaling
@@ -303,8 +308,8 @@ def fig8b_compute(s):
 
 
 OPTIMUM_SIDES, OPTIMUM_BASES, OPTIMUM_WIDTHS, OPTIMUM_PAIRS = (28, 14, 7), (2, 4, 8, 16, 32), 10, 200
-OPTIMUM_RATES = tuple(2.0**k for k in range(5, 13))
-OPTIMUM_LR = {}  # (side, base): the best for each width on held-out images, copied from what --plot optimum_lr prints
+OPTIMUM_RATES = tuple(2.0**k for k in range(2, 12))
+OPTIMUM_LR = {}  # {(side, base): {width: the best on held-out images}}, copied from what --plot optimum_lr prints
 
 
 def optimum_widths(side, base):
@@ -318,21 +323,21 @@ def optimum_widths(side, base):
             return widths
 
 
-OPTIMUM_NETWORKS = [(side, base, i, n) for side, base in itertools.product(OPTIMUM_SIDES, OPTIMUM_BASES)
-                    for i, n in enumerate(optimum_widths(side, base))]
+OPTIMUM_NETWORKS = [(side, base, n) for side, base in itertools.product(OPTIMUM_SIDES, OPTIMUM_BASES)
+                    for n in optimum_widths(side, base)]
 
 
 def optimum_runs(s):
     """Over width at each of five numbers of weights and three sizes of images, otherwise as in Figure 8."""
-    return lab.over_seeds(s, [fig8_at(replace(s, side=side), n, False, OPTIMUM_LR[side, base][i], base)
-                              for side, base, i, n in OPTIMUM_NETWORKS], 10)
+    return lab.over_seeds(s, [fig8_at(replace(s, side=side), n, False, OPTIMUM_LR[side, base][n], base)
+                              for side, base, n in OPTIMUM_NETWORKS], 10)
 
 
 def optimum_lr_runs(s):
     """Every learning rate for every network of `optimum`, tested on training images that are not trained on."""
     s = replace(s, held_out=5000)
     return lab.over_seeds(s, [fig8_at(replace(s, side=side), n, False, lr, base)
-                              for side, base, _, n in OPTIMUM_NETWORKS for lr in OPTIMUM_RATES], 2)
+                              for side, base, n in OPTIMUM_NETWORKS for lr in OPTIMUM_RATES], 2)
 
 
 def optimum_compute(s):
@@ -350,7 +355,7 @@ def optimum_compute(s):
         density = {n: first_density(network) for n, network in networks.items()}
 
         def kept(width):
-            return density[width] * at.inputs * width
+            return networks[width].budget - CLASSES * width
 
         ends, rng = (widths[0], widths[-1]), nn.generator(s.seed, "kernel resamples")
         exact, _, interval = kernels.optimal_width(x, y, kept, "exact", ends, RESAMPLES, rng, rtol=1e-4)
@@ -364,16 +369,19 @@ def optimum_compute(s):
 
 
 def best_width(s, weights):
-    """Print the width that the kernel tells for a first layer of so many weights on this data, and what lies around."""
-    if weights < 1:
-        raise lab.UsageError(f"--best-width takes a number of weights, 1 or more, not {weights}")
+    """Print the width at which the kernel of a first layer of so many weights is nearest to infinite width, on images
+    as these settings normalise them, and the distances around it.
+    """
+    if not 1 <= weights <= 10**9:
+        raise lab.UsageError(f"--best-width takes a number of weights from 1 to 1,000,000,000, not {weights}")
     _, x, y, _ = kernel_pairs(s, BEST_WIDTH_PAIRS)
     rng = nn.generator(s.seed, "kernel resamples")
     best, least, (low, high) = kernels.optimal_width(x, y, weights, resamples=RESAMPLES, rng=rng, rtol=1e-3)
-    print(f"width {best} (95 % interval {low} to {high}, from resampling {len(x)} pairs of test images)\n"
-          "the kernel's mean squared distance from infinite width, at initialisation:\n"
-          "   width  density   distance   of the least")
     dense = -(-weights // s.inputs)
+    end = {dense: "; the narrowest there is", weights: "; the widest there is, one weight a unit"}.get(best, "")
+    print(f"width {best} (95 % interval {low} to {high}, from resampling {len(x)} pairs of test images{end})\n"
+          "there the Gaussian-process kernel is nearest to infinite width, by mean squared distance:\n"
+          "   width  density   distance   of the least")
     for n in sorted({max(dense, min(weights, round(best * 2.0 ** (k / 2)))) for k in range(-4, 5)}):
         density = min(1.0, weights / (s.inputs * n))
         distance = kernels.kernel_distance(x, y, n, density, rtol=1e-3).mean()
@@ -395,9 +403,9 @@ FIGURES = {
     "fig8b": lab.Figure("kernel distance at initialisation and test error over width at 6,352 weights", fig8b_runs,
                         draw.fig8b, compute=fig8b_compute),
     "optimum": lab.Figure("the width that the kernel predicts and the best one, at 15 numbers of weights", optimum_runs,
-                          draw.optimum, compute=optimum_compute),
+                          draw_optimum.optimum, compute=optimum_compute),
     "optimum_lr": lab.Figure("learning rates for optimum, chosen on held-out training images", optimum_lr_runs,
-                             draw.optimum_lr),
+                             draw_optimum.optimum_lr),
     "fig8_lr": lab.Figure("learning rates for fig8, chosen on held-out training images", fig8_lr_runs, draw.fig8_lr),
 }
 
@@ -406,8 +414,9 @@ EXPERIMENT = lab.Experiment(
     quick=dict(epochs=30, seeds=1, jobs=2),
     quick_help="30 epochs; without --width the figure `width`, trained and drawn",
     quick_figure="width",
-    figures_choose=dict.fromkeys(("width", "dense"), "widths of their own") | {"side": "images of their own size"},
-    actions={"best-width": ("say which width the kernel predicts to be the best for a first layer of N weights", "N",
+    figures_choose=dict.fromkeys(("width", "dense"), "widths of their own"),
+    actions={"best-width": ("say at which width the Gaussian-process kernel of a first layer of N weights is nearest "
+                            "to infinite width, for images as --data, --limit, --pixelwise and --side make them", "N",
                             best_width)},
 )
 

@@ -596,14 +596,16 @@ def optimal_width(x, y, weights, method="exact", widths=None, resamples=0, rng=N
     when the first layer keeps a fixed number of weights, so that the density is p = weights / (n d).
 
     weights: that number, or a function of the width that returns it (a mask's rule may share a budget among layers).
-    widths: (least, greatest); by default from density 1 to one weight a unit. method, options: see sparse_moments.
+    widths: (least, greatest); by default from density 1 to one weight a unit. The result can be an end of them: for
+        vectors of independent normal entries the distance falls up to the last. method, options: see sparse_moments.
     resamples: find it this many times more, each time of as many pairs, drawn from these with replacement by rng, and
     return (width, distance, (low, high)): between low and high lie 95 % of the widths found.
-    Thirteen widths in geometric progression bracket the minimum, and the least value of a cubic spline through all that
-    is known says where to look next, until both neighbours of the best width are known. That is right when the distance
-    has one valley between the neighbours of the best of the thirteen. Resamples are judged by the spline.
+    Thirteen widths in geometric progression bracket the minimum, and the least value of a smooth curve through all that
+    is known (Akima's, of the logarithms) says where to look next, until both neighbours of the best width are known.
+    That is right when the distance has one valley between the neighbours of the best of the thirteen. Resamples are
+    judged by these curves, which find their widths to a few per cent.
     """
-    from scipy.interpolate import CubicSpline
+    from scipy.interpolate import Akima1DInterpolator
 
     _, x, y = pairs(x, y)
     d = x.shape[-1]
@@ -620,6 +622,8 @@ def optimal_width(x, y, weights, method="exact", widths=None, resamples=0, rng=N
         raise ValueError(f"widths is (least, greatest), two positive integers in this order, not {tuple(widths)}")
     if whole(resamples, "resamples"):
         check_rng(rng, "an interval by resampling")
+    if method == "sample":
+        options = {**options, "rng": rng}
 
     def distances(width):
         """Of each pair"""
@@ -629,23 +633,33 @@ def optimal_width(x, y, weights, method="exact", widths=None, resamples=0, rng=N
                              f"begin at {math.ceil(kept / d):,}")
         return to_host(kernel_distance(x, y, width, min(kept / (width * d), 1.0), method, **options)).reshape(-1)
 
+    def curve(at, values, candidates):
+        """Between values (widths,) or (widths, pairs) at these widths; of one, that value everywhere"""
+        if len(at) == 1:
+            return np.repeat(values, len(candidates), axis=0)
+        logarithm = np.log(np.clip(values, 1e-300, 1e300))
+        return np.exp(Akima1DInterpolator(np.log(at), logarithm, method="makima")(np.log(candidates)))
+
+    def some(low, high):
+        """Up to 2,000 integers from low to high, in geometric progression"""
+        return np.unique(np.geomspace(low, high, 2000).round().astype(np.int64))
+
     known = {n: distances(n) for n in sorted({round(n) for n in np.geomspace(*widths, 13)})}
     while True:
         mean = {n: float(known[n].mean()) for n in sorted(known)}
         best, at = min(mean, key=mean.get), list(mean)
         i = at.index(best)
-        between = np.arange(at[max(i - 1, 0)], at[min(i + 1, len(at) - 1)] + 1)
-        spline = CubicSpline(np.log(at), list(mean.values()))(np.log(between)) if len(at) > 1 else [mean[best]]
-        unknown = [n for n in (int(between[np.argmin(spline)]), best - 1, best + 1)
+        between = some(at[max(i - 1, 0)], at[min(i + 1, len(at) - 1)])
+        lowest = int(between[curve(at, list(mean.values()), between).argmin()])
+        unknown = [n for n in (lowest, best - 1, best + 1)
                    if n not in known and widths[0] <= n <= widths[1]]
         if not unknown:
             break
         known[unknown[0]] = distances(unknown[0])
     if not resamples:
         return best, mean[best]
-    candidates = np.unique(np.geomspace(*widths, 2000).round().astype(int))
-    table = (CubicSpline(np.log(at), [known[n] for n in at])(np.log(candidates)) if len(at) > 1
-             else known[best][None])  # (candidates, pairs)
+    candidates = some(*widths)
+    table = curve(at, [known[n] for n in at], candidates)  # (candidates, pairs)
     drawn = rng.integers(table.shape[1], size=(resamples, table.shape[1]))
     found = sorted(int(candidates[table[:, pairs_drawn].mean(1).argmin()]) for pairs_drawn in drawn)
     outside = int(0.025 * resamples)  # at each end

@@ -83,17 +83,21 @@ def gather(array, rows, out=None):
 
 @functools.cache
 def numba_loops():
-    """The module of this name if Numba is installed and fits this NumPy, else None. It takes a second to import."""
+    """The module of this name if Numba is installed and works here, else None. It takes a second to import."""
     try:
         from engines import numba_loops
-    except (ImportError, RuntimeError):  # RuntimeError: it finds no folder where it could keep what it compiles
+
+        one, steps = np.ones(1, np.float32), (0, 0, 0)
+        numba_loops.multiply(one, np.zeros(1, np.int64), np.int32([0, 1]), one, steps, one.copy(), steps, 1, 1, 0, 1)
+    except Exception:  # not there, not for this NumPy, a damaged copy of what it compiled, no folder to keep that in
         return None
     return numba_loops
 
 
-def compiled(x):
-    """Numba's loops if they can be used for images of this type, else None"""
-    return numba_loops() if x.dtype.char in "fd" else None
+def loops_for(*arrays):
+    """Numba's loops if they can be used for arrays of these types, else None"""
+    types = {array.dtype for array in arrays}
+    return numba_loops() if len(types) == 1 and types < {np.dtype(np.float32), np.dtype(np.float64)} else None
 
 
 def in_memory(x, stride=1):
@@ -102,9 +106,9 @@ def in_memory(x, stride=1):
     """
     if x.shape[3] > 1 and x.strides[3] != x.itemsize or min(x.strides) < 0:  # a gradient from elsewhere
         x = np.ascontiguousarray(x)
-    steps = tuple(s // x.itemsize for s in x.strides[:3])
-    length = sum((n - 1) * s for n, s in zip(x.shape, steps)) + x.shape[3]
-    return as_strided(x, (length,), (x.itemsize,)), (stride * steps[0], steps[1], stride * steps[2])
+    row, channel, column = (s // x.itemsize for s in x.strides[:3])
+    length = sum((n - 1) * step for n, step in zip(x.shape, (row, channel, column))) + x.shape[3]
+    return as_strided(x, (length,), (x.itemsize,)), (stride * row, channel, stride * column)
 
 
 def steps(x):
@@ -117,14 +121,14 @@ def multiply(matrix, x, out, stride):
     """out (H, O, W, N) = matrix times what lies from each pixel of x (H', C, W', N) on, of every stride-th row and
     column.
     """
-    (H, _, W, N), (h, _, v, e), loops = out.shape, x.strides, compiled(x)
+    (H, _, W, N), (h, _, v, e), loops = out.shape, x.strides, loops_for(x, matrix)
     sources = as_strided(x, (H, W, matrix.shape[1], N), (stride * h, stride * v, v, e))
-    places = matrix.indices * np.int64(v // e)
+    if loops:
+        entries = matrix.data, matrix.indices * np.int64(v // e), matrix.indptr, *in_memory(x, stride), *in_memory(out)
 
     def work(first, last):
         if loops:
-            return loops.multiply(matrix.data, places, matrix.indptr, *in_memory(x, stride), *in_memory(out),
-                                  W, N, first, last)
+            return loops.multiply(*entries, W, N, first, last)
         for pixel in range(first, last):
             i, j = divmod(pixel, W)
             out[i, :, j] = matrix @ sources[i, j]
@@ -171,12 +175,13 @@ def weight_gradient(g, x, pattern, stride, padding):
     windows = as_strided(x, (seen.max(initial=0) + 1, H, W, N), (v, stride * h, stride * v, e))
     size = max(1, len(seen) // O) * W * N  # of what a channel gathers, about, for a row of pixels
     block = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or n * size <= BLOCK))
-    dw, loops = np.zeros(len(seen), g.dtype), compiled(x)
+    dw, loops = np.zeros(len(seen), g.dtype), loops_for(x, g)
+    if loops:
+        entries = seen * np.int64(v // e), pattern.edges, *in_memory(x, stride), *in_memory(g), dw
 
     def work(first, last):
         if loops:
-            return loops.weight_gradient(seen * np.int64(v // e), pattern.edges, *in_memory(x, stride), *in_memory(g),
-                                         dw, H, W, N, first, last)
+            return loops.weight_gradient(*entries, H, W, N, first, last)
         for top in range(0, H, block):
             for channel in range(first, last):
                 which = slice(*pattern.edges[channel : channel + 2])
@@ -193,7 +198,7 @@ def weight_gradient(g, x, pattern, stride, padding):
 
 def product(matrix, xT):
     """matrix xT, for xT (in, N)"""
-    loops, (_, N) = compiled(xT), xT.shape
+    loops, (_, N) = loops_for(xT, matrix), xT.shape
     if not loops:
         return (matrix @ xT).astype(xT.dtype, copy=False)  # float16 comes out as float32
     out = np.empty((matrix.shape[0], N), xT.dtype)  # of one pixel
@@ -222,7 +227,7 @@ def linear_input_gradient(gT, w, pattern):
 
 def linear_weight_gradient(gT, xT, pattern):
     """The kept entries of g^T x, (kept,)"""
-    loops, shape = compiled(gT), (len(pattern.kept), gT.shape[1])
+    loops, shape = loops_for(gT, xT), (len(pattern.kept), gT.shape[1])
     if loops:
         dw, N = np.zeros(shape[0], gT.dtype), shape[1]
         loops.weight_gradient(pattern.places[1] * np.int64(N), pattern.edges, xT.reshape(-1), (0, 0, 0),

@@ -310,16 +310,25 @@ def weights_of(line):
 
 
 def panels(columns=1, size=(7, 4.4), **options):
-    """(matplotlib figure, its panel or panels side by side; for rows of names in place of columns {name: panel})"""
+    """(matplotlib figure, its panel or panels side by side)"""
+    figure = empty_figure(size)
+    return figure, figure.subplots(1, columns, **options)
+
+
+def mosaic(rows, size, **options):
+    """(matplotlib figure, {name: panel}) for rows of names; a name that stands side by side is one panel."""
+    figure = empty_figure(size)
+    return figure, figure.subplot_mosaic(rows, **options)
+
+
+def empty_figure(size):
     backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, unknown outside; here pictures only become files
     try:
         from matplotlib.figure import Figure  # here: training takes no pictures
     finally:
         os.environ |= {"MPLBACKEND": backend} if backend is not None else {}
 
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, (figure.subplot_mosaic if isinstance(columns, list) else figure.subplots)(
-        *([columns] if isinstance(columns, list) else [1, columns]), **options)
+    return Figure(figsize=size, layout="constrained")
 
 
 def describe(ax, ylabel, heading):

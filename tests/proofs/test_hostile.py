@@ -250,14 +250,14 @@ def run(tmp_path_factory):
 def read_checkpoint(folder, monkeypatch, whole, run):
     copy, path = tiny.run_of("out", epochs=2), folder / "checkpoint.npz"
     seed = (run.folder / path.name).read_bytes()
-    copy.folder, copy.model, copy.optimizer = folder, run.model, run.optimizer
-    copy.dataset = run.dataset
-    kinds = {name: (array.shape, array.dtype) for name, array in run.model.state_dict().items()}
+    copy.folder, copy.model, copy.dataset = folder, tiny.build(run.settings), tiny.load(run.settings)
+    copy.optimizer = nn.SGD(copy.model.parameters(), run.settings.lr, momentum=0.9, weight_decay=1e-3)
+    kinds = {name: (array.shape, array.dtype) for name, array in copy.model.state_dict().items()}
 
     def check():
         progress = copy.load_checkpoint()
         assert not whole or path.read_bytes() == seed
-        assert {name: (array.shape, array.dtype) for name, array in run.model.state_dict().items()} == kinds
+        assert {name: (array.shape, array.dtype) for name, array in copy.model.state_dict().items()} == kinds
         assert isinstance(progress, Progress)
 
     return [seed], path, check

@@ -1,0 +1,154 @@
+"""What exp_mlp_mnist.py draws of the best width: that which the kernel predicts beside that which was measured."""
+
+import math
+import warnings
+
+import numpy as np
+
+from lab.draw_mlp import FIGURE_8, UNIT
+from lab.figures import axes_over_width, mosaic, panels, subject, title, tuned
+from lab.settings import UsageError
+
+ABOUT = (*FIGURE_8, "side")
+TICKS = [2**k for k in range(1, 12, 2)]
+PREDICTIONS = {"exact": "exact theory", "formula": "Eq. 4", "series": "the series"}
+
+
+def best_of(widths, errors, rng, resamples=10_000):
+    """(the width of least mean error, (low, high), [widths not distinguishable from it]) from the errors of several
+    seeds at each width, a list of arrays.
+
+    low, high: hold 95 % of the best widths when the seeds of each width are drawn again with replacement; too narrow
+    where several widths are equally good. Not distinguishable: Welch's one-sided t test, at 5 % for all widths together
+    (Bonferroni), does not find their error greater. With fewer than three seeds nothing is told apart.
+    """
+    from scipy.stats import ttest_ind
+
+    best = int(np.argmin([e.mean() for e in errors]))
+    if min(map(len, errors)) < 3:
+        return widths[best], (widths[0], widths[-1]), list(widths)
+    means = np.array([rng.choice(e, (resamples, len(e))).mean(1) for e in errors])  # (widths, resamples)
+    found, outside = np.sort(np.take(widths, means.argmin(0))), int(0.025 * resamples)
+    level, alike = 0.05 / (len(widths) - 1), []
+    for n, e in zip(widths, errors):
+        if np.ptp(e) == np.ptp(errors[best]) == 0:
+            greater = e[0] > errors[best][0]
+        else:
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of widths where all seeds are the same
+                greater = ttest_ind(e, errors[best], equal_var=False, alternative="greater").pvalue < level
+        if not greater or e is errors[best]:
+            alike.append(n)
+    return widths[best], (int(found[outside]), int(found[-1 - outside])), alike
+
+
+def in_hindsight(values):
+    """The constant that is nearest to all of these on a logarithmic scale, by the mean distance"""
+    return math.exp(np.median(np.log(values)))
+
+
+def comparison(points, metric, budgets):
+    """[(what was computed for a number of weights, mean errors over its widths in per cent, best width, interval, widths
+    not distinguishable from it)] of the numbers of weights whose runs are all done, and lines that sum it up.
+    """
+    from scipy.stats import spearmanr
+
+    found, summary, rng = [], [], np.random.default_rng(0)
+    for b in budgets:
+        line = {p.settings.width: p for p in points
+                if (p.settings.side, p.settings.base_width) == (b["side"], b["base_width"])}
+        if any(line[n].missing or not line[n].finished for n in b["widths"]):
+            continue
+        errors = [100 - 100 * np.array(line[n].values(f"{metric}_test_acc")) for n in b["widths"]]
+        means, (best, interval, alike) = np.array([e.mean() for e in errors]), best_of(b["widths"], errors, rng)
+        found.append((b, means, best, interval, alike))
+        summary.append(f"{b['side']} x {b['side']}, {line[best].settings.budget:,} weights: best width {best} "
+                       f"({means.min():.2f} % error), by resampling seeds {interval[0]} to {interval[1]}, not "
+                       f"distinguishable {alike[0]} to {alike[-1]}; predicted {b['exact']} ({b['interval'][0]} to "
+                       f"{b['interval'][1]}), by the series {b['series']}, by Eq. 4 {b['formula']}; rank correlation of "
+                       f"distance and error over {len(means)} widths {spearmanr(b['distances'], means).statistic:.2f}")
+    if not found:
+        raise UsageError("of no number of weights are all runs done; --list optimum names those that are missing")
+    measured = np.array([best for _, _, best, *_ in found])
+    ratio, width = in_hindsight([best / b["base_width"] for b, _, best, *_ in found]), in_hindsight(measured)
+    guesses = {label: [b[name] for b, *_ in found] for name, label in PREDICTIONS.items()} | {
+        f"a fixed connectivity (in hindsight {100 / ratio:.2g} %)": [b["base_width"] * ratio for b, *_ in found],
+        f"a fixed width (in hindsight {width:.0f})": [width] * len(found)}
+    for label, guess in guesses.items():
+        off, varied = np.log2(np.array(guess) / measured), len(set(guess)) > 1 < len(found)
+        rank = spearmanr(guess, measured).statistic if varied else math.nan
+        lost = [np.interp(np.log(g), np.log(b["widths"]), means) - means.min() for g, (b, means, *_) in zip(guess, found)]
+        alike = sum(a[0] <= g <= a[-1] for g, (*_, a) in zip(guess, found))
+        summary.append(f"best width by {label}: mean error of log2 width {abs(off).mean():.2f} (a factor of "
+                       f"{2 ** abs(off).mean():.2f}; of it {off.mean():+.2f} in one direction), rank correlation "
+                       f"{rank:.2f}, among those not distinguishable {alike} of {len(found)} times, {np.mean(lost):.2f} "
+                       "points of error above the least")
+    return found, summary
+
+
+def optimum(points, metric, computed):
+    """Predicted over measured best width, above error over width for each number of weights."""
+    found, summary = comparison(points, metric, computed["budgets"])
+    sides, bases = (sorted({b[name] for b in computed["budgets"]}) for name in ("side", "base_width"))
+    sides = sides[::-1]
+    rows = [["exact"] * len(sides) + ["formula"] * len(sides), [side for side in sides for _ in range(2)]]
+    figure, axes = mosaic(rows, (11, 9), height_ratios=(1.2, 1))
+    for b, means, best, _, alike in found:
+        color, ax = f"C{bases.index(b['base_width'])}", axes[b["side"]]
+        weights = (b["side"] ** 2 + 10) * b["base_width"]
+        ax.plot(b["widths"], means, f"{color}o-", markersize=3, label=f"{weights:,}")
+        ax.plot(b["exact"], np.interp(np.log(b["exact"]), np.log(b["widths"]), means), f"{color}*", markersize=13,
+                markeredgecolor="k")
+        for name in ("exact", "formula"):
+            low, high = b["interval"] if name == "exact" else (b[name], b[name])
+            axes[name].errorbar(best, b[name], yerr=[[b[name] - min(low, b[name])], [max(high, b[name]) - b[name]]],
+                                xerr=[[best - alike[0]], [alike[-1] - best]], capsize=2,
+                                fmt=f"{color}{'os^'[sides.index(b['side'])]}")
+    ends = 0.7 * min(b["widths"][0] for b, *_ in found), 1.4 * max(b["widths"][-1] for b, *_ in found)
+    for name in ("exact", "formula"):
+        ax, label = axes[name], PREDICTIONS[name]
+        ax.plot(ends, ends, "k:", linewidth=1)
+        ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="best width, measured",
+               ylabel=f"best width, by {label}")
+        ax.set_xticks(TICKS, TICKS)
+        ax.set_yticks(TICKS, TICKS)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    for side, marker in zip(sides, "os^"):
+        ax = axes[side]
+        axes["exact"].plot([], [], f"k{marker}", label=f"{side} x {side} pixels")
+        axes_over_width(ax, [n for n in TICKS if n <= ax.get_xlim()[1]], UNIT)
+        ax.set_title(f"{side} x {side} pixels; stars: predicted by the exact theory", fontsize=9)
+        if ax.lines:
+            ax.legend(title="weights", fontsize=7)
+    axes[sides[0]].set_ylabel(f"{metric} test error, %")
+    axes["exact"].legend(fontsize=8)
+    figure.suptitle(f"{subject(points)}: the width that the Gaussian-process kernel predicts, and the best\n"
+                    f"{title(points, metric, about=ABOUT, bars=False)}\nbars: widths not distinguishable from the best; "
+                    f"95 % of resampled pairs of images ({computed['pairs']})", fontsize=10)
+    return figure, summary
+
+
+def optimum_lr(points, metric):
+    """The chosen learning rate over width, a line for each number of weights."""
+    lines = {}
+    for (side, base, width), rate in sorted(tuned(points, metric, ("side", "base_width", "width")).items()):
+        lines.setdefault((side, base), {})[width] = rate
+    sides, bases, rates = (sorted({getattr(p.settings, name) for p in points}) for name in ("side", "base_width", "lr"))
+    figure, axes = panels(len(sides), (11, 4.4), sharey=True)
+    for ax, side in zip(axes, reversed(sides)):
+        for i, base in enumerate(bases):
+            line = lines.get((side, base), {})
+            ax.plot(list(line), list(line.values()), f"C{i}o-", label=f"weights of width {base}")
+        ax.set_xscale("log")
+        ax.set_yscale("log", base=2)
+        ax.set(title=f"{side} x {side} pixels", xlabel=f"width ({UNIT})")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("learning rate")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{subject(points)}: chosen learning rates\n"
+                    f"{title(points, metric, 'held-out', about=ABOUT, bars=False)}", fontsize=10)
+    chosen = [rate for line in lines.values() for rate in line.values()]
+    ends = [f"{chosen.count(end)} of {len(chosen)} networks take the {what} rate, {end:g}"
+            for what, end in (("least", rates[0]), ("greatest", rates[-1]))]
+    return figure, ["OPTIMUM_LR = {", *(f"    {key}: {line}," for key, line in lines.items()), "}", *ends]
