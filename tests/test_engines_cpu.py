@@ -291,6 +291,25 @@ def test_convolution_with_the_kept_entries_alone(kind, loops, use_threads):
         np.testing.assert_array_equal(images, x)
 
 
+@pytest.mark.parametrize("fault", [OSError, EOFError, RuntimeError])
+def test_without_a_numba_that_works_there_are_no_compiled_loops(monkeypatch, fault):
+    """As where its library is missing, or what it keeps was cut off"""
+    class Broken:
+        def multiply(*arguments):
+            raise fault
+
+    monkeypatch.setitem(sys.modules, "engines.numba_loops", Broken)
+    monkeypatch.setattr(engines, "numba_loops", Broken, raising=False)
+    assert sparse.numba_loops.__wrapped__() is None
+
+
+def test_compiled_loops_are_for_one_type_of_this_machine():
+    single, double, half = (np.ones(1, dtype) for dtype in (np.float32, np.float64, np.float16))
+    assert sparse.loops_for(single, double) is sparse.loops_for(half, half) is None
+    assert sparse.loops_for(single.astype(single.dtype.newbyteorder())) is None
+    assert sparse.loops_for(single, single) is sparse.loops_for(double) is sparse.numba_loops()
+
+
 @DTYPES
 @pytest.mark.parametrize("kind", ["few", "one", "none", "all", "empty rows and columns"])
 def test_linear_layer_with_the_kept_entries_alone(kind, dtype, loops):

@@ -31,6 +31,7 @@ from test_photographs import (  # noqa: E402
     absurd_jpeg, flat_tree, jpeg, picture, png16, saved, write_solution)
 
 import lab  # noqa: E402
+import nn  # noqa: E402
 from datasets import arrays, drawn, photographs, trees  # noqa: E402
 from lab import figures, files  # noqa: E402
 from lab.run import NUMBERS, Progress  # noqa: E402
