@@ -163,7 +163,7 @@ FIG8_LR = {  # (dense, width): the best on held-out images, copied from what --p
     (False, 512): 1024.0, (False, 635): 1024.0,
 }
 WIDTH_RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
-WIDTH_LR = {  # width: the best on held-out images at 3,970 weights, copied from what --plot width_lr prints
+WIDTH_LR = {  # width: for 3,970 weights, copied from what --plot width_lr prints; the protocol's until that is done
     5: 0.1, 10: 0.1, 20: 0.1, 40: 0.1, 80: 0.1, 160: 0.1, 320: 0.1,
 }
 KERNEL_WIDTHS = (8, 16, 32, 48, 64, 90, 128, 160, 216, 270, 328, 400, 512, 580, 620, 635)

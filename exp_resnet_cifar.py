@@ -238,7 +238,7 @@ def fig6_runs(s):
 
 
 FIG6_RATES = (0.05, 0.1, 0.2)
-FIG6_LR = {8: 0.1, 18: 0.1, 32: 0.1}  # width: the best for the weights of width 8, from what --plot fig6_lr prints
+FIG6_LR = {8: 0.1, 18: 0.1, 32: 0.1}  # width: for the weights of width 8, from --plot fig6_lr; until then 0.1
 
 
 def fig6_lr_runs(s):

@@ -352,15 +352,15 @@ def series_moments(X, Y, density):
 # ---------------------------------------------------------------------------------------------- sparse, exactly
 #
 # docs/theory.md derives what follows (section 4) and says how large its errors are (section 5).
-# Given the mask, w x cos a + w y sin a has the variance Q_a = sum over kept i of q_i, p q_i = (x_i cos a + y_i sin a)^2;
+# Given the mask, w x cos a + w y sin a has variance Q_a = sum over kept i of q_i, p q_i = (x_i cos a + y_i sin a)^2;
 #     F(a) = E Q_a log Q_a,    G(a) = E Q_a^2 log Q_a,    and for |x| = |y| = 1 with C = sum x_i y_i / p over the mask
 #     4 Kp_1 = 2/pi + x.y + 1/pi^2 int [(F(a) + F(-a))/2 - cos^2 a F(0) - sin^2 a F(pi/2)] / (sin a cos a)^2 da
 #     4 Kp_2 = E (w x)^2 (w y)^2 + 4/pi E C (Q_0 + Q_pi/2) + 2/pi^2 int [(G(a) - G(-a)) / 2 sin 2a - cos^2 a g_0 -
 #              sin^2 a g_1] / (sin a cos a)^2 da,   g_0, g_1 the limits of the quotient at 0 and pi/2,
 # over 0 < a < pi/2. Both are linear in the law of Q, and two parts of it are taken out with their known values: the
 # dense law, and masks that keep one coordinate or only parallel ones (equal x_i : y_i).
-# F and G at one angle are integrals of the Laplace transform M(m) = E exp(-m Q) over m^-2 dm and m^-3 dm, less that of a
-# reference law: the trapezoidal rule in log m, two nodes an octave; below the first node the Taylor series.
+# F and G at one angle are integrals of the Laplace transform M(m) = E exp(-m Q) over m^-2 dm and m^-3 dm, less that of
+# a reference law: the trapezoidal rule in log m, two nodes an octave; below the first node the Taylor series.
 
 TERMS = 14
 STEP, REACH, REACH_2 = 0.5, 10.0, 7.0  # nodes v of the coarsest rule, the largest |v| for F and for G

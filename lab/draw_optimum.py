@@ -48,8 +48,8 @@ def in_hindsight(values):
 
 
 def comparison(points, metric, budgets):
-    """[(what was computed for a number of weights, mean errors over its widths in per cent, best width, interval, widths
-    not distinguishable from it)] of the numbers of weights whose runs are all done, and lines that sum it up.
+    """[(what was computed for a number of weights, mean errors over its widths in per cent, best width, interval,
+    widths not distinguishable from it)] of the numbers of weights whose runs are all done, and lines that sum it up.
     """
     from scipy.stats import spearmanr
 
@@ -65,8 +65,8 @@ def comparison(points, metric, budgets):
         summary.append(f"{b['side']} x {b['side']}, {line[best].settings.budget:,} weights: best width {best} "
                        f"({means.min():.2f} % error), by resampling seeds {interval[0]} to {interval[1]}, not "
                        f"distinguishable {alike[0]} to {alike[-1]}; predicted {b['exact']} ({b['interval'][0]} to "
-                       f"{b['interval'][1]}), by the series {b['series']}, by Eq. 4 {b['formula']}; rank correlation of "
-                       f"distance and error over {len(means)} widths {spearmanr(b['distances'], means).statistic:.2f}")
+                       f"{b['interval'][1]}), by the series {b['series']}, by Eq. 4 {b['formula']}; rank correlation "
+                       f"of distance and error over {len(means)} widths {spearmanr(b['distances'], means).statistic:.2f}")
     if not found:
         raise UsageError("of no number of weights are all runs done; --list optimum names those that are missing")
     measured = np.array([best for _, _, best, *_ in found])
@@ -77,12 +77,13 @@ def comparison(points, metric, budgets):
     for label, guess in guesses.items():
         off, varied = np.log2(np.array(guess) / measured), len(set(guess)) > 1 < len(found)
         rank = spearmanr(guess, measured).statistic if varied else math.nan
-        lost = [np.interp(np.log(g), np.log(b["widths"]), means) - means.min() for g, (b, means, *_) in zip(guess, found)]
+        lost = [np.interp(np.log(g), np.log(b["widths"]), means) - means.min()
+                for g, (b, means, *_) in zip(guess, found)]
         alike = sum(a[0] <= g <= a[-1] for g, (*_, a) in zip(guess, found))
         summary.append(f"best width by {label}: mean error of log2 width {abs(off).mean():.2f} (a factor of "
                        f"{2 ** abs(off).mean():.2f}; of it {off.mean():+.2f} in one direction), rank correlation "
-                       f"{rank:.2f}, among those not distinguishable {alike} of {len(found)} times, {np.mean(lost):.2f} "
-                       "points of error above the least")
+                       f"{rank:.2f}, among those not distinguishable {alike} of {len(found)} times, "
+                       f"{np.mean(lost):.2f} points of error above the least")
     return found, summary
 
 
@@ -124,8 +125,8 @@ def optimum(points, metric, computed):
     axes[sides[0]].set_ylabel(f"{metric} test error, %")
     axes["exact"].legend(fontsize=8)
     figure.suptitle(f"{subject(points)}: the width that the Gaussian-process kernel predicts, and the best\n"
-                    f"{title(points, metric, about=ABOUT, bars=False)}\nbars: widths not distinguishable from the best; "
-                    f"95 % of resampled pairs of images ({computed['pairs']})", fontsize=10)
+                    f"{title(points, metric, about=ABOUT, bars=False)}\nbars: widths not distinguishable from the "
+                    f"best; 95 % of resampled pairs of images ({computed['pairs']})", fontsize=10)
     return figure, summary
 
 

@@ -423,8 +423,8 @@ def tuned(points, metric="best", names=("dense", "width")):
 
 
 def learning_rates(points, metric, table, names, about=()):
-    """(figure, its summary): accuracy on held-out images over the learning rate, a line a width, the chosen rate marked;
-    dense networks in a panel of their own. table: what the script calls the rates that it takes from here, names: the
+    """(figure, its summary): accuracy on held-out images over the learning rate, a line a width, the chosen rate
+    marked; dense networks in a panel of their own. table: what the script calls the rates that it takes from here, names: the
     settings that are its keys. about: see title.
     """
     kinds = sorted({p.settings.dense for p in points}, reverse=True)
@@ -462,5 +462,5 @@ def one_rate_and_tuned(points, metric, heading, **axes):
     one = points[0].settings.lr
     lines = [([p for p in points if p.finished and (p.settings.lr == one) == same], style, label)
              for same, style, label in ((True, "C0o-", f"learning rate {one:g} at every width"),
-                                        (False, "C1s", "chosen for each width on held-out images"))]
+                                        (False, "C1s", "chosen on held-out images, where it is another"))]
     return accuracy_over_width(points, [line for line in lines if line[0]], metric, heading, about=("lr",), **axes)

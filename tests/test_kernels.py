@@ -283,7 +283,8 @@ def test_an_interval_of_the_optimal_width():
     assert (low, high) == pytest.approx((wanted[1], wanted[38]), rel=0.05) and 67 < low < width < high < 2000
     starving = np.array([kernels.kernel_distance(x, y, n, (2000 - 9 * n) / (30 * n), "series") for n in range(52, 221)])
     wanted = np.sort(52 + starving[:, drawn].mean(-1).argmin(0))  # the distance climbs steeply at the last widths
-    *_, interval = kernels.optimal_width(x, y, lambda n: 2000 - 9 * n, "series", (52, 220), 40, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    *_, interval = kernels.optimal_width(x, y, lambda n: 2000 - 9 * n, "series", (52, 220), 40, rng)
     assert interval == pytest.approx((wanted[1], wanted[38]), rel=0.03)
     sampled = kernels.optimal_width(x, y, 2000, "sample", (67, 70), masks=100, rng=np.random.default_rng(4))
     assert 67 <= sampled[0] <= 70
