@@ -542,6 +542,13 @@ def test_tuned_learning_rates_are_those_of_the_record():
     assert figures.tuned(points(runs, lambda run: rows["mnist", run.run_name()])) == mlp.FIG8_LR
 
 
+def test_tuned_learning_rates_of_the_best_width_are_those_of_the_record():
+    _, rows = figures.read_record(figures.record_path(mlp.EXPERIMENT, "optimum_lr", "mnist"))
+    runs = [run for run in mlp.optimum_lr_runs(mlp.Settings()) if ("mnist", run.run_name()) in rows]
+    chosen = figures.tuned(points(runs, lambda run: rows["mnist", run.run_name()]), names=("side", "base_width", "width"))
+    assert chosen == {(*key, width): lr for key, line in mlp.OPTIMUM_LR.items() for width, lr in line.items()}
+
+
 def test_a_learning_rate_with_a_diverged_seed_is_not_chosen():
     runs = mlp.fig8_lr_runs(mlp.Settings(seeds=2))[:4]  # two rates
     results = [made_up(0.9), made_up(0.9, diverged=True), made_up(0.5), made_up(0.5)]
