@@ -42,10 +42,10 @@ class Settings(lab.Settings):
     width: int = setting(80, "hidden units", least=1)
     base_width: int = setting(5, "the network keeps as many weights as a dense one of this width", least=1)
     dense: bool = setting(False, "keep all weights of this width instead")
-    last: float | None = setting(None, "connectivity of the last layer, 0 to 1 (default: as --how says)", least=0)
+    last: float | None = setting(None, "connectivity of the last layer, 0 to 1 (None: as --how says)", least=0)
     how: str = setting("largest-first", "how the removed weights are divided among the layers",
                        choices=("largest-first", "proportional"))
-    activation: str = setting("relu", "of the hidden layer", choices=("relu", "linear"))
+    activation: str = setting("relu", "activation of the hidden layer", choices=("relu", "linear"))
     bias: bool = setting(True, "biases, not counted as weights")
     ntk: bool = setting(False, "NTK parameterisation, as in Figure 8")
     pixelwise: bool = setting(False, "standardise each pixel with the training images in use")

@@ -44,7 +44,8 @@ def parse(experiment, argv):
     parser = Parser(prog=experiment.command, description=experiment.description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(experiment.figures)
-    todo = parser.add_argument_group(f"figures and sweeps (FIGURE is one of {names})")
+    todo = parser.add_argument_group("figures and sweeps", "\n".join(
+        ["FIGURE is one of", *(f"  {name:12} {figure.help}" for name, figure in experiment.figures.items())]))
     todo.add_argument("--sweep", metavar="FIGURE", help="train every run of a figure that is not done yet")
     todo.add_argument("--list", metavar="FIGURE", help="name the runs of a figure and say which are done")
     todo.add_argument("--plot", metavar="FIGURE", help="draw a figure from what is done and print its table")

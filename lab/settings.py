@@ -43,7 +43,7 @@ class Settings:
 
     data: str = setting("mnist", "data set")
     epochs: int = setting(300, "passes over the training set", least=1)
-    seed: int = setting(0, "of masks, initial weights and order of the examples", least=0)
+    seed: int = setting(0, "seed of masks, initial weights and order of the examples", least=0)
     limit: int = setting(0, "use the first N training examples (0: all)", least=0)
     held_out: int = setting(0, "test on the last N training examples in place of the test set", least=0)
     batch: int = setting(100, "examples a step", least=1)
@@ -54,9 +54,9 @@ class Settings:
                           place=True)
     graph: bool = setting(True, "on a GPU, capture training steps as CUDA graphs; without, slower, the same bits",
                           place=True)
-    jobs: int = setting(1, "processes of a sweep", least=1, place=True)
+    jobs: int = setting(1, "train a sweep in this many processes", least=1, place=True)
     save_every: float = setting(30.0, "seconds between checkpoints", least=0, place=True)
-    seeds: int = setting(0, "seeds of a sweep (0: as many as its figure shows)", least=0, place=True)
+    seeds: int = setting(0, "train a sweep with this many seeds (0: as many as its figure shows)", least=0, place=True)
 
     ENGINE = ()  # settings that nn.use_device takes for a GPU
     ALWAYS_NAMED = ("seed",)  # other settings are in a run's name when they differ from their default
