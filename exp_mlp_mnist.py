@@ -310,30 +310,28 @@ def fig8b_compute(s):
 OPTIMUM_SIDES, OPTIMUM_BASES, OPTIMUM_WIDTHS, OPTIMUM_PAIRS = (28, 14, 7), (2, 4, 8, 16, 32), 10, 200
 OPTIMUM_RATES = tuple(2.0**k for k in range(2, 12))
 OPTIMUM_LR = {  # (side, base): {width: the best on held-out images}, copied from what --plot optimum_lr prints
-    (28, 2): {2: 16.0, 3: 4.0, 5: 4.0, 8: 128.0, 13: 128.0, 22: 256.0, 35: 512.0, 56: 512.0, 90: 1024.0, 144:
-        1024.0},
-    (28, 4): {4: 4.0, 6: 16.0, 10: 32.0, 17: 128.0, 27: 16.0, 43: 512.0, 69: 256.0, 111: 1024.0, 179: 1024.0, 288:
-        64.0},
+    (28, 2): {2: 16.0, 3: 4.0, 5: 4.0, 8: 128.0, 13: 128.0, 22: 256.0, 35: 512.0, 56: 512.0, 90: 1024.0, 144: 1024.0},
+    (28, 4): {4: 4.0, 6: 16.0, 10: 32.0, 17: 128.0, 27: 16.0, 43: 512.0, 69: 256.0, 111: 1024.0, 179: 1024.0,
+        288: 64.0},
     (28, 8): {8: 32.0, 13: 128.0, 21: 128.0, 33: 256.0, 54: 512.0, 86: 512.0, 139: 1024.0, 223: 1024.0, 359: 512.0,
         577: 2048.0},
-    (28, 16): {16: 64.0, 26: 128.0, 41: 256.0, 67: 256.0, 107: 256.0, 172: 512.0, 277: 1024.0, 446: 2048.0, 717:
-        256.0, 1154: 512.0},
-    (28, 32): {32: 128.0, 51: 128.0, 83: 256.0, 133: 128.0, 214: 512.0, 345: 512.0, 555: 512.0, 892: 1024.0, 1435:
-        128.0, 2309: 256.0},
+    (28, 16): {16: 64.0, 26: 128.0, 41: 256.0, 67: 256.0, 107: 256.0, 172: 512.0, 277: 1024.0, 446: 2048.0,
+        717: 256.0, 1154: 512.0},
+    (28, 32): {32: 128.0, 51: 128.0, 83: 256.0, 133: 128.0, 214: 512.0, 345: 512.0, 555: 512.0, 892: 1024.0,
+        1435: 128.0, 2309: 256.0},
     (14, 2): {2: 8.0, 3: 4.0, 4: 32.0, 5: 32.0, 7: 32.0, 10: 128.0, 14: 64.0, 19: 32.0, 27: 128.0, 37: 256.0},
     (14, 4): {4: 32.0, 6: 16.0, 8: 16.0, 11: 64.0, 15: 64.0, 20: 128.0, 28: 64.0, 39: 64.0, 54: 512.0, 74: 512.0},
-    (14, 8): {8: 32.0, 11: 16.0, 15: 8.0, 21: 64.0, 29: 128.0, 41: 256.0, 56: 256.0, 78: 256.0, 108: 64.0, 149:
-        1024.0},
+    (14, 8): {8: 32.0, 11: 16.0, 15: 8.0, 21: 64.0, 29: 128.0, 41: 256.0, 56: 256.0, 78: 256.0, 108: 64.0,
+        149: 1024.0},
     (14, 16): {16: 32.0, 22: 128.0, 31: 64.0, 42: 256.0, 59: 64.0, 81: 512.0, 113: 512.0, 156: 512.0, 216: 512.0,
         299: 1024.0},
-    (14, 32): {32: 32.0, 44: 128.0, 61: 32.0, 85: 128.0, 118: 512.0, 163: 128.0, 226: 128.0, 312: 1024.0, 433:
-        512.0, 599: 2048.0},
+    (14, 32): {32: 32.0, 44: 128.0, 61: 32.0, 85: 128.0, 118: 512.0, 163: 128.0, 226: 128.0, 312: 1024.0, 433: 512.0,
+        599: 2048.0},
     (7, 2): {2: 8.0, 3: 32.0, 4: 16.0, 5: 16.0, 6: 32.0, 7: 32.0, 8: 32.0, 9: 32.0, 10: 64.0},
     (7, 4): {4: 16.0, 5: 8.0, 6: 32.0, 7: 16.0, 8: 64.0, 10: 16.0, 12: 32.0, 15: 128.0, 17: 64.0, 21: 128.0},
     (7, 8): {8: 32.0, 10: 64.0, 12: 16.0, 14: 16.0, 17: 8.0, 20: 64.0, 24: 64.0, 29: 64.0, 35: 128.0, 42: 256.0},
     (7, 16): {16: 8.0, 19: 16.0, 23: 16.0, 28: 64.0, 34: 16.0, 40: 128.0, 49: 32.0, 59: 256.0, 71: 256.0, 85: 32.0},
-    (7, 32): {32: 16.0, 39: 8.0, 46: 64.0, 56: 32.0, 67: 32.0, 81: 16.0, 98: 256.0, 118: 64.0, 142: 32.0, 171:
-        128.0},
+    (7, 32): {32: 16.0, 39: 8.0, 46: 64.0, 56: 32.0, 67: 32.0, 81: 16.0, 98: 256.0, 118: 64.0, 142: 32.0, 171: 128.0},
 }
 
 
@@ -371,10 +369,10 @@ def optimum_compute(s):
     the widths that are trained.
     """
     budgets = []
+    pairs = {side: kernel_pairs(fig8_at(replace(s, side=side), 8, True), OPTIMUM_PAIRS) for side in OPTIMUM_SIDES}
     for side, base in tqdm(list(itertools.product(OPTIMUM_SIDES, OPTIMUM_BASES)), "kernel distance", disable=None,
                            leave=False):
-        at = replace(s, side=side)
-        dataset, x, y, _ = kernel_pairs(fig8_at(at, base, True, 1.0, base), OPTIMUM_PAIRS)
+        at, (dataset, x, y, _) = replace(s, side=side), pairs[side]
         widths = optimum_widths(side, base)
         networks = {n: fig8_at(at, n, False, 1.0, base) for n in range(widths[0], widths[-1] + 1)}
         density = {n: first_density(network) for n, network in networks.items()}
@@ -385,7 +383,8 @@ def optimum_compute(s):
         ends, rng = (widths[0], widths[-1]), nn.generator(s.seed, "kernel resamples")
         exact, _, interval = kernels.optimal_width(x, y, kept, "exact", ends, RESAMPLES, rng, rtol=1e-4)
         formula = {n: kernels.kernel_distance_formula(n, p, at.inputs) for n, p in density.items()}
-        budgets.append({"side": side, "base_width": base, "widths": widths, "densities": [density[n] for n in widths],
+        budgets.append({"side": side, "base_width": base, "weights": networks[base].budget, "widths": widths,
+                        "densities": [density[n] for n in widths],
                         "distances": [float(kernels.kernel_distance(x, y, n, density[n], rtol=1e-4).mean())
                                       for n in widths],
                         "exact": exact, "interval": interval, "formula": min(formula, key=formula.get),

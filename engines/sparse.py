@@ -6,8 +6,8 @@ one sparse matrix with it for each pixel, whatever kernel and stride are. The in
 turned round. The weight gradient gathers, for each output channel, the rows that its kept entries saw, and multiplies
 them with the channel's gradient. Numba, where it is installed, compiles both loops (numba_loops.py).
 
-Milliseconds on two cores at batch 128 with 8,700 kept entries of 3 x 3 kernels, product and weight gradient, on a Xeon
-(Sapphire Rapids) with Numba, without, and dense; on a Zen 4 without and dense:
+Milliseconds on two cores at batch 128 with 8,700 kept entries of 3 x 3 kernels, product and weight gradient: on a Xeon
+with AVX-512 with Numba, without, and dense; on a Zen 4 without and dense:
     128 channels of 32 x 32    46 and 83    151 and 366    76 and 81    Zen 4:  89 and 183    97 and 100
     256 channels of 16 x 16    26 and 30     62 and 106    82 and 93            28 and  59    84 and  77
     512 channels of 8 x 8       7 and  8     20 and  37    67 and 73            11 and  19    68 and  72
@@ -121,17 +121,17 @@ def multiply(matrix, x, out, stride):
     """out (H, O, W, N) = matrix times what lies from each pixel of x (H', C, W', N) on, of every stride-th row and
     column.
     """
-    (H, _, W, N), (h, _, v, e), loops = out.shape, x.strides, loops_for(x, matrix)
-    sources = as_strided(x, (H, W, matrix.shape[1], N), (stride * h, stride * v, v, e))
-    if loops:
-        entries = matrix.data, matrix.indices * np.int64(v // e), matrix.indptr, *in_memory(x, stride), *in_memory(out)
+    (H, _, W, N), (h, _, v, e) = out.shape, x.strides
+    if loops := loops_for(x, matrix):
+        work = functools.partial(loops.multiply, matrix.data, matrix.indices * np.int64(v // e), matrix.indptr,
+                                 *in_memory(x, stride), *in_memory(out), W, N)
+    else:
+        sources = as_strided(x, (H, W, matrix.shape[1], N), (stride * h, stride * v, v, e))
 
-    def work(first, last):
-        if loops:
-            return loops.multiply(*entries, W, N, first, last)
-        for pixel in range(first, last):
-            i, j = divmod(pixel, W)
-            out[i, :, j] = matrix @ sources[i, j]
+        def work(first, last):
+            for pixel in range(first, last):
+                i, j = divmod(pixel, W)
+                out[i, :, j] = matrix @ sources[i, j]
 
     parallel(work, H * W, COST * matrix.nnz * H * W * N)
 
@@ -172,24 +172,25 @@ def weight_gradient(g, x, pattern, stride, padding):
     (H, O, W, N), (h, _, v, e), (row_step, channel_step) = g.shape, x.strides, steps(x)
     o, c, i, j = pattern.places
     seen = row_step * i + channel_step * c + j  # the row of x that an entry meets at the first pixel
-    windows = as_strided(x, (seen.max(initial=0) + 1, H, W, N), (v, stride * h, stride * v, e))
-    size = max(1, len(seen) // O) * W * N  # of what a channel gathers, about, for a row of pixels
-    block = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or n * size <= BLOCK))
-    dw, loops = np.zeros(len(seen), g.dtype), loops_for(x, g)
-    if loops:
-        entries = seen * np.int64(v // e), pattern.edges, *in_memory(x, stride), *in_memory(g), dw
+    dw, cost = np.zeros(len(seen), g.dtype), COST * len(seen) * H * W * N
+    if loops := loops_for(x, g):
+        work = functools.partial(loops.weight_gradient, seen * np.int64(v // e), pattern.edges, *in_memory(x, stride),
+                                 *in_memory(g), dw, H, W, N)
+    else:
+        windows = as_strided(x, (seen.max(initial=0) + 1, H, W, N), (v, stride * h, stride * v, e))
+        size = max(1, len(seen) // O) * W * N  # of what a channel gathers, about, for a row of pixels
+        block = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or n * size <= BLOCK))
+        cost *= block * size > SHORT
 
-    def work(first, last):
-        if loops:
-            return loops.weight_gradient(*entries, H, W, N, first, last)
-        for top in range(0, H, block):
-            for channel in range(first, last):
-                which = slice(*pattern.edges[channel : channel + 2])
-                if which.start < which.stop:
-                    a = windows[seen[which], top : top + block]  # (kept in this channel, block, W, N)
-                    dw[which] += a.reshape(len(a), -1) @ g[top : top + block, channel].reshape(-1)
+        def work(first, last):
+            for top in range(0, H, block):
+                for channel in range(first, last):
+                    which = slice(*pattern.edges[channel : channel + 2])
+                    if which.start < which.stop:
+                        a = windows[seen[which], top : top + block]  # (kept in this channel, block, W, N)
+                        dw[which] += a.reshape(len(a), -1) @ g[top : top + block, channel].reshape(-1)
 
-    parallel(work, O, COST * len(seen) * H * W * N * bool(loops or block * size > SHORT))
+    parallel(work, O, cost)
     return dw
 
 
@@ -240,7 +241,7 @@ def linear_weight_gradient(gT, xT, pattern):
 # ---------------------------------------------------------------------------------------------- which is cheaper
 
 # The density below which the kept entries alone are cheaper, but for what `cost` adds, by the kind of dense product:
-# about as it is on a Zen 4 and a Xeon (Sapphire Rapids) with one thread and two, and with kernels for AVX2.
+# about as it is on a Zen 4 and a Xeon with AVX-512, with one thread and two, and with kernels for AVX2.
 TYPICAL = {"rows": 0.13, "tiles": 0.06, "rows gradient": 0.08, "tiles gradient": 0.04, "linear": 0.12,
            "linear gradient": 0.045}
 WITH_NUMBA = {"rows": 0.3, "tiles": 0.14, "rows gradient": 0.28, "tiles gradient": 0.14, "linear": 0.17,

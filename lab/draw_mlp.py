@@ -15,7 +15,6 @@ from lab.figures import (
     starved,
     subject,
     title,
-    tuned,
 )
 from lab.run import percent
 
@@ -29,7 +28,7 @@ def width(points, metric):
 
 
 def width_lr(points, metric):
-    return learning_rates(points, metric, "WIDTH_LR", ("width",))
+    return learning_rates(points, metric, subject(points), "WIDTH_LR", ("width",))
 
 
 def width_tuned(points, metric):
@@ -80,7 +79,7 @@ def fig5(points, metric):
 
 
 def fig8_lr(points, metric):
-    return learning_rates(points, metric, "FIG8_LR", ("dense", "width"), FIGURE_8)
+    return learning_rates(points, metric, f"Figure 8a. {subject(points)}", "FIG8_LR", ("dense", "width"), FIGURE_8)
 
 
 def fig8b(points, metric, computed):

@@ -62,11 +62,12 @@ def comparison(points, metric, budgets):
         errors = [100 - 100 * np.array(line[n].values(f"{metric}_test_acc")) for n in b["widths"]]
         means, (best, interval, alike) = np.array([e.mean() for e in errors]), best_of(b["widths"], errors, rng)
         found.append((b, means, best, interval, alike))
-        summary.append(f"{b['side']} x {b['side']}, {line[best].settings.budget:,} weights: best width {best} "
+        summary.append(f"{b['side']} x {b['side']}, {b['weights']:,} weights: best width {best} "
                        f"({means.min():.2f} % error), by resampling seeds {interval[0]} to {interval[1]}, not "
                        f"distinguishable {alike[0]} to {alike[-1]}; predicted {b['exact']} ({b['interval'][0]} to "
                        f"{b['interval'][1]}), by the series {b['series']}, by Eq. 4 {b['formula']}; rank correlation "
-                       f"of distance and error over {len(means)} widths {spearmanr(b['distances'], means).statistic:.2f}")
+                       f"of distance and error over {len(means)} widths "
+                       f"{spearmanr(b['distances'], means).statistic:.2f}")
     if not found:
         raise UsageError("of no number of weights are all runs done; --list optimum names those that are missing")
     measured = np.array([best for _, _, best, *_ in found])
@@ -96,8 +97,7 @@ def optimum(points, metric, computed):
     figure, axes = mosaic(rows, (11, 9), height_ratios=(1.2, 1))
     for b, means, best, _, alike in found:
         color, ax = f"C{bases.index(b['base_width'])}", axes[b["side"]]
-        weights = (b["side"] ** 2 + 10) * b["base_width"]
-        ax.plot(b["widths"], means, f"{color}o-", markersize=3, label=f"{weights:,}")
+        ax.plot(b["widths"], means, f"{color}o-", markersize=3, label=f"{b['weights']:,}")
         ax.plot(b["exact"], np.interp(np.log(b["exact"]), np.log(b["widths"]), means), f"{color}*", markersize=13,
                 markeredgecolor="k")
         for name in ("exact", "formula"):

@@ -43,7 +43,7 @@ def fig6(points, metric):
 
 
 def fig6_lr(points, metric):
-    return learning_rates(points, metric, "FIG6_LR", ("width",))
+    return learning_rates(points, metric, heading("Figure 6", points), "FIG6_LR", ("width",))
 
 
 def fig6_tuned(points, metric):

@@ -422,10 +422,10 @@ def tuned(points, metric="best", names=("dense", "width")):
     return {key if len(names) > 1 else key[0]: lr for key, (_, lr) in best.items()}
 
 
-def learning_rates(points, metric, table, names, about=()):
+def learning_rates(points, metric, heading, table, names, about=()):
     """(figure, its summary): accuracy on held-out images over the learning rate, a line a width, the chosen rate
-    marked; dense networks in a panel of their own. table: what the script calls the rates that it takes from here, names: the
-    settings that are its keys. about: see title.
+    marked; dense networks in a panel of their own. table: what the script calls the rates that it takes from here,
+    names: the settings that are its keys. about: see title.
     """
     kinds = sorted({p.settings.dense for p in points}, reverse=True)
     figure, axes = panels(len(kinds), (1 + 5 * len(kinds), 4.4), sharey=True, squeeze=False)
@@ -453,7 +453,7 @@ def learning_rates(points, metric, table, names, about=()):
             ax.legend(fontsize=8, loc="lower center", ncols=2)
     axes[0, 0].set_ylabel("accuracy on held-out training images, %")
     words = title(points, metric, "held-out", about=("lr", "held_out", *about), bars=False)
-    figure.suptitle(f"{subject(points)}; stars: chosen\n{words}", fontsize=10)
+    figure.suptitle(f"{heading}; stars: chosen\n{words}", fontsize=10)
     return figure, [f"{table} = {tuned(points, metric, names)}"]
 
 
