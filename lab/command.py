@@ -20,7 +20,7 @@ import numpy as np
 
 import nn
 from engines import listed
-from lab.figures import plot
+from lab.figures import plot, recorded_runs
 from lab.files import FileFault, without_downloads
 from lab.processes import Alone, world
 from lab.run import EXPECTED, Run, check_same_data, data_of, percent
@@ -205,8 +205,13 @@ def perform(experiment, settings, todo, argv, ranks):
         ranks.check_devices()
         return train_one(*runs)
     if todo.list:
-        print(*[f"{run.settings.run_name()}: {run.status()}" for run in runs], *figure.notes(settings),
-              f"{sum(run.done() for run in runs)} of {len(runs)} runs are done", sep="\n")
+        _, rows = recorded_runs(experiment, name, settings.data)
+        recorded = [rows.get((s.data, s.run_name())) for s in chosen]
+        done = sum(run.done() for run in runs)
+        others = sum(bool(row) and not run.done() for row, run in zip(recorded, runs))
+        print(*[f"{run.settings.run_name()}: {run.status(row)}" for run, row in zip(runs, recorded)],
+              *figure.notes(settings), f"{done} of {len(runs)} runs are done"
+              + (f", {others} others are recorded in results/" if others else ""), sep="\n")
         return 0
     worker = WORKER in os.environ
     if not worker and ranks.rank == 0:

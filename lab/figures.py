@@ -145,6 +145,24 @@ def read_record(path):
     return record, rows
 
 
+def recorded_runs(experiment, name, data):
+    """(head of the figure's record, {(data set, run): row} of all records of the experiment, since figures share runs).
+    Without a record of its own the head is the command for it alone, if one of a figure with the same runs is there.
+    Faulty records are left out with a word.
+    """
+    where, head, rows = record_path(experiment, name, data), {}, {}
+    for path in sorted(RECORDS.glob(f"{experiment.name}_*.json"), key=lambda path: path != where):
+        found, more = readable(lambda: read_record(path)) or ({}, {})
+        rows = more | rows
+        figure = found.get("figure")
+        if path == where:
+            head = found
+        elif not head and path == record_path(experiment, figure, data) and figure in experiment.figures \
+                and experiment.figures[figure].runs is experiment.figures[name].runs:
+            head = {"command": str(found.get("command")).replace(f"--plot {figure}", f"--plot {name}")}
+    return head, rows
+
+
 def row_key(row, path, number):
     """(data set, run) of a row; FileFault that names it by its run, or by its number, if it is none."""
     run = row.get("run") if isinstance(row, dict) else None
@@ -228,11 +246,7 @@ def plot(experiment, name, settings, metric, record):
     """
     figure, runs = experiment.figures[name], experiment.figures[name].runs(settings)
     where = record_path(experiment, name, settings.data)
-    head, rows = read_record(where) if record else readable(lambda: read_record(where)) or ({}, {})
-    others = sorted(set(RECORDS.glob(f"{experiment.name}_*.json")) - {where})
-    for path in () if record else others:  # runs recorded for another figure serve as well
-        _, more = readable(lambda: read_record(path)) or ({}, {})
-        rows = more | rows
+    head, rows = read_record(where) if record else recorded_runs(experiment, name, settings.data)
     on_disk = [readable(Run(experiment, s).result) for s in runs]
     in_record = [rows.pop((s.data, s.run_name()), None) for s in runs]
     results = [r or row for r, row in zip(on_disk, in_record)]

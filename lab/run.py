@@ -290,22 +290,20 @@ class Run:
     def done(self):
         return (self.folder / "result.json").exists()
 
-    def status(self):
-        """One line for --list."""
+    def status(self, recorded=None):
+        """One line for --list. recorded: the result that is told of a run that was never begun here."""
         try:
             result, failure = self.result(), read_json(self.folder / "failed.json")
         except FileFault as fault:
             return f"{fault}"
         if result:
-            if result["diverged"]:
-                return f"diverged in epoch {result['epochs'] + 1}"
-            return f"done: test {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final"
+            return outcome("done", result)
         if failure:
             return f"failed: {failure.get('error') if isinstance(failure, dict) else failure}"
         with contextlib.suppress(FileNotFoundError):
             rows = len((self.folder / "log.csv").read_bytes().splitlines()) - 1
             return f"begun: {rows} of {self.settings.epochs} epochs"
-        return "not begun"
+        return outcome("recorded", recorded) if recorded else "not begun"
 
     def failure(self):
         """What tells the failure on record from any other, None without one."""
@@ -444,6 +442,13 @@ def stop_signals():
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+def outcome(word, result):
+    """How a run ended, for --list."""
+    if result["diverged"]:
+        return f"{word}: diverged in epoch {result['epochs'] + 1}"
+    return f"{word}: test {percent(result['best_test_acc'])} best, {percent(result['final_test_acc'])} final"
 
 
 def percent(fraction):

@@ -151,6 +151,23 @@ def test_a_figure_from_runs_and_from_its_record(records, tmp_path, capsys):
     assert record["command"] in capsys.readouterr().err  # with other settings the recorded ones are pointed to
 
 
+def test_recorded_runs_serve_a_list_and_a_figure_of_the_same_runs(records, tmp_path, capsys):
+    one, nowhere = ["--bases", "8", "--widths", "8,12", "--seeds", "1"], ["--out", str(tmp_path / "none")]
+    first, second = resnet.fig6_runs(resnet.Settings(bases="8", widths="8,12", seeds=1, out=str(tmp_path / "runs")))
+    finish(resnet.EXPERIMENT, first, made_up(0.75))
+    assert lab.main(resnet.EXPERIMENT, ["--plot", "fig6", *one, "--out", first.out, "--record"]) == 0
+    assert lab.main(resnet.EXPERIMENT, ["--list", "fig12", *one, *nowhere]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"{second.run_name()}: not begun", f"{first.run_name()}: recorded: test 75.00 % best, 74.00 % final",
+        "0 of 2 runs are done, 1 others are recorded in results/"]
+    assert lab.main(resnet.EXPERIMENT, ["--plot", "fig12", "--epochs", "3", *nowhere]) == 2  # of which none is recorded
+    assert capsys.readouterr().err.endswith(
+        "; train them with --sweep fig12, or draw the recorded ones: "
+        "python exp_resnet_cifar.py --plot fig12 --seeds 1 --bases 8 --widths 8,12\n")
+    assert lab.main(resnet.EXPERIMENT, ["--plot", "fig9", "--epochs", "3", *nowhere]) == 2  # has other runs
+    assert capsys.readouterr().err.endswith("; train them with --sweep fig9\n")
+
+
 def test_tables_list_what_is_done_or_stated(records, tmp_path, capsys):
     s = mlp.Settings(out=str(tmp_path))
     for run in mlp.fig5_runs(s)[1:13]:

@@ -143,7 +143,7 @@ def test_a_diverged_run_is_recorded(tmp_path, capsys, recwarn, save_every):
     result = run.result()
     assert result["diverged"] and run.done() and result["epochs"] == 0 and result["best_test_acc"] is None
     assert "the loss is no longer finite in epoch 1; recorded as diverged" in capsys.readouterr().out
-    assert run.status() == "diverged in epoch 1" and not recwarn.list
+    assert run.status() == "done: diverged in epoch 1" and not recwarn.list
     assert command.main(TINY, flags(tmp_path, lr=1e30)) == 1
     assert "diverged: the loss was no longer finite in epoch 1" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from tiny import TINY, finished, flags, run_of
 import exp_mlp_mnist as mlp
 import exp_resnet_cifar as resnet
 import lab
-from lab import command
+from lab import command, figures
 from lab.sweep import sweep, sweep_in_processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,8 +218,9 @@ for i, code in enumerate({codes}):
     (resnet, "--list fig1 --bases 8,18 --widths 8,18,64", ["width=64,base_width=64,", "width=64,base_width=64,",
                                                            "width=64,base_width=64,", "width=64,base_width=18,"],
      "width=8,base_width=8,seed=2")])
-def test_a_sweep_begins_with_costly_runs(script, words, first, last, tmp_path, capsys):
+def test_a_sweep_begins_with_costly_runs(script, words, first, last, tmp_path, monkeypatch, capsys):
     """The order of --list is that of a sweep."""
+    monkeypatch.setattr(figures, "RECORDS", tmp_path)  # none
     trained = []
     experiment = replace(script.EXPERIMENT, train=lambda run: trained.append(run.settings.run_name()) or 1 / 0)
     assert command.main(experiment, [*words.split(), "--out", str(tmp_path)]) == 0
