@@ -11,11 +11,14 @@ from lab.figures import (
     off_the_scale,
     one_rate_and_tuned,
     panels,
+    shares,
     sparse_and_dense,
     starved,
     subject,
     title,
+    told_shares,
 )
+from lab.intervals import contrast
 from lab.run import percent
 
 UNIT = "hidden units"
@@ -24,7 +27,10 @@ FIGURE_8 = ("limit", "held_out", "batch", "lr", "base_width", "last", "bias", "n
 
 def width(points, metric):
     heading = f"{subject(points)}: wider at a fixed number of weights"
-    return accuracy_over_width(points, sparse_and_dense(points), metric, heading, unit=UNIT)
+    figure, summary = accuracy_over_width(points, sparse_and_dense(points), metric, heading, unit=UNIT)
+    found, _ = shares(points, f"{metric}_test_acc")
+    return figure, summary + [f"share of the dense improvement, base {base}: {told_shares(of_width)}"
+                              for base, of_width in found.items() if of_width]
 
 
 def width_lr(points, metric):
@@ -67,6 +73,7 @@ def fig5(points, metric):
             summary.append(f"{name}: best {grid[row, column]:.2f} % at width {widths[column]} and last-layer "
                            f"connectivity {connectivities[row]}"
                            + (f"; the paper: {stated[activation]}" if ours else ""))
+            summary += dense_last(points, activation, f"{metric}_test_acc")
         ax.set_title(name + (f" (the paper's best: {stated[activation]})" if ours else ""), fontsize=10)
         ax.set_xticks(range(len(widths)), widths)
         ax.set_yticks(range(len(connectivities)), connectivities)
@@ -76,6 +83,26 @@ def fig5(points, metric):
     words = title(points, metric, about=("last", "activation"), bars=False)
     figure.suptitle(f"Figure 5. {subject(points)}, {s.budget:,} weights: {words}", fontsize=10)
     return figure, summary
+
+
+def dense_last(points, activation, quantity):
+    """A line of text: what a sparser last layer does, on average over the widths at which a dense one takes no more
+    than half of all weights.
+    """
+    accuracy = {(p.settings.width, p.settings.last): p.mean(quantity) for p in points
+                if p.settings.activation == activation and p.finished and p.settings.kept[1] > 0}
+    last = {p.settings.last for p in points}
+    widths = [p.settings.width for p in points if p.settings.activation == activation and p.settings.last == 1
+              and 2 * p.settings.kept[1] <= p.settings.budget]
+    changes = {c: [accuracy[w, c] - accuracy[w, 1.0] for w in widths if {(w, c), (w, 1.0)} <= set(accuracy)]
+               for c in sorted(last - {1.0})}
+    told = []
+    for c, change in changes.items():
+        if len(change) > 1:
+            value, half = contrast((100, change))
+            told.append(f"{value:+.2f} ± {half:.2f} at {c:g} ({len(change)} widths)")
+    return ["  points above a dense last layer where that takes at most half of the weights, with 95 % intervals over "
+            "widths: " + ", ".join(told)] if told else []
 
 
 def fig8_lr(points, metric):

@@ -1,45 +1,17 @@
 """What exp_mlp_mnist.py draws of the best width: that which the kernel predicts beside that which was measured."""
 
 import math
-import warnings
 
 import numpy as np
 
 from lab.draw_mlp import FIGURE_8, UNIT
 from lab.figures import axes_over_width, mosaic, panels, subject, title, tuned
+from lab.intervals import best_of
 from lab.settings import UsageError
 
 ABOUT = (*FIGURE_8, "side")
 TICKS = [2**k for k in range(1, 12, 2)]
 PREDICTIONS = {"exact": "exact theory", "formula": "Eq. 4", "series": "the series"}
-
-
-def best_of(widths, errors, rng, resamples=10_000):
-    """(the width of least mean error, (low, high), [widths not distinguishable from it]) from the errors of several
-    seeds at each width, a list of arrays.
-
-    low, high: hold 95 % of the best widths when the seeds of each width are drawn again with replacement; too narrow
-    where several widths are equally good. Not distinguishable: Welch's one-sided t test, at 5 % for all widths together
-    (Bonferroni), does not find their error greater. With fewer than three seeds nothing is told apart.
-    """
-    from scipy.stats import ttest_ind
-
-    best = int(np.argmin([e.mean() for e in errors]))
-    if min(map(len, errors)) < 3:
-        return widths[best], (widths[0], widths[-1]), list(widths)
-    means = np.array([rng.choice(e, (resamples, len(e))).mean(1) for e in errors])  # (widths, resamples)
-    found, outside = np.sort(np.take(widths, means.argmin(0))), int(0.025 * resamples)
-    level, alike = 0.05 / (len(widths) - 1), []
-    for n, e in zip(widths, errors):
-        if np.ptp(e) == np.ptp(errors[best]) == 0:
-            greater = e[0] > errors[best][0]
-        else:
-            with np.errstate(all="ignore"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of widths where all seeds are the same
-                greater = ttest_ind(e, errors[best], equal_var=False, alternative="greater").pvalue < level
-        if not greater or e is errors[best]:
-            alike.append(n)
-    return widths[best], (int(found[outside]), int(found[-1 - outside])), alike
 
 
 def in_hindsight(values):

@@ -1,7 +1,5 @@
 """What exp_resnet_cifar.py, exp_bottleneck.py and exp_resnet_imagenet.py draw."""
 
-import math
-
 import numpy as np
 
 from lab.figures import (
@@ -10,16 +8,20 @@ from lab.figures import (
     axes_over_width,
     describe,
     families,
+    gains,
     learning_rates,
     one_rate_and_tuned,
     panels,
     plot_lines,
+    shares,
     sparse_and_dense,
     subject,
     title,
+    told_shares,
     weights_of,
     widths_of,
 )
+from lab.intervals import contrast
 from lab.settings import UsageError
 
 
@@ -72,33 +74,27 @@ def fig12(points, metric):
 def fig7(points, metric):
     """(sparse - base) / (dense - base) over width: the part of the dense improvement that width alone gives."""
     figure, ax = panels()
-    found, summary, widths = families(points), [], set()
-    accuracy = {(base, p.settings.width): p.mean(f"{metric}_test_acc") for base, line in found.items() for p in line}
-    for i, (base, line) in enumerate(found.items()):
-        parts = {}
-        for w in (p.settings.width for p in line if p.settings.width > base):
-            gain = accuracy.get((w, w), math.nan) - accuracy.get((base, base), math.nan)
-            if gain > 0.001:
-                parts[w] = (accuracy[base, w] - accuracy[base, base]) / gain
-            elif math.isfinite(gain):
-                summary.append(f"base {base}: at width {w} the dense network gains {100 * gain:.2f} points, "
-                               "too little to have parts")
+    (found, summary), widths, shown = shares(points, f"{metric}_test_acc"), set(), [0, 1]
+    for i, (base, line) in enumerate(families(points).items()):
+        parts = {width: value for width, (value, _) in found[base].items()}
         if not parts:
             continue
-        ax.plot(list(parts), list(parts.values()), f"C{i}o-", label=f"base {base}: {weights_of(line)}")
+        ax.errorbar(list(parts), list(parts.values()), [half for _, half in found[base].values()], fmt=f"C{i}o-",
+                    capsize=3, label=f"base {base}: {weights_of(line)}")
         best = max(line, key=lambda p: p.mean(f"{metric}_train_acc")).settings.width
         if best in parts:
             ax.plot(best, parts[best], f"C{i}*", markersize=15)
+        shown += parts.values()
         widths |= set(parts)
-        summary.append(f"base {base}: " + ", ".join(f"{100 * v:.0f} % at {w}" for w, v in parts.items())
-                       + f"; training accuracy is largest at width {best}")
+        summary.append(f"base {base}: {told_shares(found[base])}; training accuracy is largest at width {best}")
     if not widths:
         raise UsageError("; ".join(summary) or "fig7 needs, for some width above a base, the runs of that width "
                          "sparse and dense and of the base; --sweep fig7 trains them")
     ax.axhline(1, color="gray", linewidth=1)
+    ax.set_ylim(min(shown) - 0.15, max(shown) + 0.15)  # bars may be far longer
     axes_over_width(ax, widths)
     describe(ax, "part of the dense improvement", f"{heading('Figure 7', points)}; stars: largest training accuracy\n"
-             f"{title(points, metric, bars=False)}")
+             f"{title(points, metric, bars=False)}\nbars: 95 % intervals")
     return figure, summary
 
 
@@ -113,7 +109,17 @@ def fig9(points, metric):
         for these, style, kind in ((line, "o-", "single weights"), (other, "s--", "whole kernels")):
             if these:
                 lines.append((these, f"C{i}{style}", f"base {base}, masks of {kind}, {weights_of(these)}"))
-    return accuracy_over_width(points, lines, metric, heading("Figure 9", points), about=("io_only",))
+    figure, summary = accuracy_over_width(points, lines, metric, heading("Figure 9", points), about=("io_only",))
+    name, alone = f"{metric}_test_acc", {(p.settings.base_width, p.settings.width): p
+                                         for line in single.values() for p in line}
+    for base, line in whole.items():
+        for p in line:
+            if (base, p.settings.width) in alone:
+                other = alone[base, p.settings.width]
+                value, half = contrast((100, p.values(name)), (-100, other.values(name)))
+                summary.append(f"base {base}, width {p.settings.width}: whole kernels {value:+.2f} ± {half:.2f} points "
+                               "from single weights")
+    return figure, summary
 
 
 def fig10(points, metric, computed):
@@ -159,6 +165,9 @@ def fig3(points, metric):
                       for these, style, name in ((line, "o-", kind), (sparse, "x:", "sparse")) if these]
         summary += plot_lines(ax, lines, f"{metric}_test_acc")
         for i, (base, these) in enumerate(plain.items()):
+            if these and kind == "linear" and base in by_kind[kind]:
+                summary += [f"base {base}, linear bottlenecks:",
+                            *gains(by_kind[kind][base], f"{metric}_test_acc", these[0], "the plain network")]
             if these:
                 ax.axhline(100 * these[0].mean(f"{metric}_test_acc"), color=f"C{i}", linestyle="--", linewidth=1,
                            label=f"base {base}, plain: {weights_of(these)}")

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.files import FileFault, as_json, read_json, write_whole
+from lab.intervals import contrast, indistinguishable, share
 from lab.run import Run, as_list, check_result, data_of, percent
 from lab.settings import Settings, UsageError
 
@@ -375,7 +376,7 @@ def families(points):
 
 def sparse_and_dense(points):
     """Lines for plot_lines: each base's sparse networks, and all dense ones."""
-    dense = [p for p in points if p.finished and (p.settings.dense or p.settings.width == p.settings.base_width)]
+    dense = [p for p in points if p.finished and is_dense(p)]
     sparse = [line for line in families(points).values() if line[-1].settings.width > line[-1].settings.base_width]
     lines = [(line, f"C{i}o-", f"sparse: {weights_of(line)} at every width") for i, line in enumerate(sparse)]
     dense.sort(key=lambda p: p.settings.width)
@@ -385,16 +386,69 @@ def sparse_and_dense(points):
 def plot_lines(ax, lines, quantity, x=lambda point: point.settings.width):
     """Lines (points, style, label) of accuracies in per cent, with their deviations over seeds.
 
-    Returns for each "label: 65.55 % at 8, ...", whatever x is: at these widths.
+    Returns for each "label: 65.55 % at 8, ...", whatever x is: at these widths; and what `gains` says of it.
     """
     summary = []
     for line, style, label in lines:
         y, error = (100 * np.array([statistic(p, quantity) for p in line]) for statistic in (Point.mean, Point.std))
         summary.append(f"{label}: " + ", ".join(f"{v:.2f} % at {p.settings.width}" for p, v in zip(line, y)))
+        summary += gains(line, quantity)
         places, far = np.array([x(p) for p in line]), starved(y)
         ax.errorbar(places, np.where(far, np.nan, y), error, fmt=style, capsize=3, label=label)
         off_the_scale(ax, places[far], y[far], color=style[:2])
     return summary
+
+
+def gains(line, quantity, start=None, called=None):
+    """Lines of text: by how many points (1/100) a line's accuracies are above those of `start`, its first point by
+    default, with 95 % intervals; and which widths cannot be told from its best. None of what needs more seeds.
+    called: what start is in words.
+    """
+    start, above, lines = start or line[0], [], []
+    for p in line:
+        value, half = contrast((100, p.values(quantity)), (-100, start.values(quantity)))
+        if p is not start and math.isfinite(half):
+            above.append(f"{value:+.2f} ± {half:.2f} at {p.settings.width}")
+    if above:
+        called = called or f"width {start.settings.width}"
+        lines.append(f"  points above {called}, with 95 % intervals: {', '.join(above)}")
+    if len(line) > 2 and min(len(p.finished) for p in line) > 2:
+        alike = indistinguishable(line, [[-v for v in p.values(quantity)] for p in line])
+        lines.append("  not distinguishable from the best: " + ", ".join(
+            f"width {p.settings.width} (connectivity {100 * p.mean('connectivity'):.3g} %)" for p in alike))
+    return lines
+
+
+def is_dense(point):
+    """Whether this network keeps all its weights: where dense networks have no flag they are their own base."""
+    return point.settings.dense or point.settings.width == point.settings.base_width
+
+
+def shares(points, quantity):
+    """({base: {width: (share, half of its 95 % interval)}}, lines about those that have none): of what a dense network
+    of this width gains over the base, the share that a sparse one with the base's weights gains.
+    """
+    dense = {p.settings.width: p.values(quantity) for p in points if p.finished and is_dense(p)}
+    found, lines = {}, []
+    for base, line in families(points).items():
+        found[base] = {}
+        for p in line:
+            width = p.settings.width
+            if width == base or not {width, base} <= set(dense):
+                continue
+            gain = np.mean(dense[width]) - np.mean(dense[base])
+            if gain > 0.001:
+                found[base][width] = share(p.values(quantity), dense[width], dense[base])
+            else:
+                lines.append(f"base {base}: at width {width} the dense network gains {100 * gain:.2f} points, "
+                             "too little to have parts")
+    return found, lines
+
+
+def told_shares(of_width):
+    """"60 ± 12 % at 12, ..." of the shares of a base."""
+    return ", ".join(f"{100 * value:.0f}{f' ± {100 * half:.0f}' if math.isfinite(half) else ''} % at {width}"
+                     for width, (value, half) in of_width.items())
 
 
 def starved(y):

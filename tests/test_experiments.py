@@ -20,7 +20,7 @@ import exp_resnet_imagenet as imagenet
 import kernels
 import lab
 import nn
-from lab import draw_mlp, draw_optimum, draw_resnet, figures
+from lab import draw_mlp, draw_optimum, draw_resnet, figures, intervals
 from lab.files import read_json
 from lab.run import Run
 
@@ -435,14 +435,17 @@ def plotted(script, name, s, result_of, capsys):
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("fig6", ["base 8: 175,192 weights: 80.10 % at 8, 83.10 % at 12, 84.10 % at 18"]),
+    ("fig6", ["base 8: 175,192 weights: 80.10 % at 8, 83.10 % at 12, 84.10 % at 18",
+              "points above width 8, with 95 % intervals: +3.00 ± 0.61 at 12, +4.00 ± 0.61 at 18"]),
     ("fig14", ["base 8: 175,192 weights: 90.10 % at 8, 93.10 % at 12, 94.10 % at 18",
                "ours: best training accuracy", "90.10 % ± 0.14 (2)"]),
     ("fig12", ["base 12: 393,540 weights: 85.10 % at 12, 86.10 % at 18"]),
     ("fig1", ["sparse: 175,192 weights at every width: 80.10 % at 8, 83.10 % at 12, 84.10 % at 18",
               "dense: all weights of its width: 80.10 % at 8, 85.10 % at 12, 88.10 % at 18"]),
-    ("fig7", ["base 8: 60 % at 12, 50 % at 18; training accuracy is largest at width 18", "base 12: 33 % at 18"]),
-    ("fig9", ["base 8, masks of whole kernels, 175,192 weights: 80.10 % at 8, 82.10 % at 12, 83.10 % at 18"]),
+    ("fig7", ["base 8: 60 ± 11 % at 12, 50 ± 7 % at 18; training accuracy is largest at width 18",
+              "base 12: 33 ± 18 % at 18"]),
+    ("fig9", ["base 8, masks of whole kernels, 175,192 weights: 80.10 % at 8, 82.10 % at 12, 83.10 % at 18",
+              "base 12, width 18: whole kernels -1.00 ± 0.61 points from single weights"]),
     ("fig10", ["width 8: 175,192 of 175,192 weights", "175,192 of 884,502 weights", "0 of 21 layers are cut"]),
 ])
 def test_figures_of_resnets(name, expected, tmp_path, capsys):
@@ -545,7 +548,8 @@ def test_tuned_learning_rates_are_those_of_the_record():
 def test_tuned_learning_rates_of_the_best_width_are_those_of_the_record():
     _, rows = figures.read_record(figures.record_path(mlp.EXPERIMENT, "optimum_lr", "mnist"))
     runs = [run for run in mlp.optimum_lr_runs(mlp.Settings()) if ("mnist", run.run_name()) in rows]
-    chosen = figures.tuned(points(runs, lambda run: rows["mnist", run.run_name()]), names=("side", "base_width", "width"))
+    done = points(runs, lambda run: rows["mnist", run.run_name()])
+    chosen = figures.tuned(done, names=("side", "base_width", "width"))
     assert chosen == {(*key, width): lr for key, line in mlp.OPTIMUM_LR.items() for width, lr in line.items()}
 
 
@@ -561,19 +565,42 @@ def test_the_best_width_of_made_up_errors():
     rng, widths = np.random.default_rng(5), [10, 20, 40, 80, 160]
     level = np.array([6.0, 4.0, 3.0, 3.05, 5.0])
     errors = [m + rng.normal(0, 0.3, 10) for m in level]
-    best, (low, high), alike = draw_optimum.best_of(widths, errors, rng)
+    best, (low, high), alike = intervals.best_of(widths, errors, rng)
     assert best in (40, 80) and (low, high) == (40, 80) and alike == [40, 80]
     precise = [m + rng.normal(0, 1e-3, 3) for m in level]
-    assert draw_optimum.best_of(widths, precise, rng) == (40, (40, 40), [40])
-    assert draw_optimum.best_of(widths, [np.full(3, m) for m in level], rng) == (40, (40, 40), [40])
+    assert intervals.best_of(widths, precise, rng) == (40, (40, 40), [40])
+    assert intervals.best_of(widths, [np.full(3, m) for m in level], rng) == (40, (40, 40), [40])
     few = [m + rng.normal(0, 1e-3, 2) for m in level]
-    assert draw_optimum.best_of(widths, few, rng) == (40, (10, 160), widths)  # nothing is told apart
+    assert intervals.best_of(widths, few, rng) == (40, (10, 160), widths)  # nothing is told apart
     for level in ([1, 0, 1, 1], [0, 0, 0, 0.1], [3, 0, 0, 0]):  # a valley, a plateau, another with its best at the left
         true, hits = int(np.argmin(level)), 0
         for _ in range(100):
-            _, _, alike = draw_optimum.best_of([0, 1, 2, 3], [m + rng.normal(0, 0.5, 10) for m in level], rng, 40)
+            _, _, alike = intervals.best_of([0, 1, 2, 3], [m + rng.normal(0, 0.5, 10) for m in level], rng, 40)
             hits += true in alike
         assert hits >= 93
+
+
+def test_intervals_of_differences_and_shares_hold_the_truth():
+    """As often as 95 % says, of seeds drawn from known means with unequal deviations and counts."""
+    rng, hits, trials = np.random.default_rng(7), np.zeros(2), 1000
+    for _ in range(trials):
+        start, part, whole = rng.normal(80, 0.5, 4), rng.normal(83, 0.2, 3), rng.normal(85, 0.4, 5)
+        (gain, near), (of_it, about) = intervals.contrast((1, part), (-1, start)), intervals.share(part, whole, start)
+        hits += abs(gain - 3) < near, abs(of_it - 0.6) < about
+    assert (abs(hits / trials - 0.95) < 0.02).all()
+    assert intervals.contrast((2, [1.0, 1.0]), (-1, [0.5, 0.5])) == (1.5, 0.0)
+    value, half = intervals.contrast((1, [1.0]), (-1, [0.5, 0.5]))
+    assert value == 0.5 and np.isnan(half)
+
+
+def test_what_a_sparser_last_layer_does():
+    """At widths where a dense one takes at most half of the weights: 10 to 160, not 320."""
+    change = {10: -0.02, 20: -0.03, 40: -0.04, 80: -0.03, 160: -0.03, 320: 0.5}
+    runs = [run for run in mlp.fig5_runs(mlp.Settings(seeds=1)) if run.last in (0.5, 1.0) and run.width in change]
+    results = [made_up(0.5 + (change[run.width] / 5 if run.last == 0.5 else 0)) for run in runs]
+    made = figures.points(runs, results)
+    line, = draw_mlp.dense_last(made, "relu", "best_test_acc")
+    assert line.endswith("with 95 % intervals over widths: -0.60 ± 0.18 at 0.5 (5 widths)")
 
 
 def test_a_constant_in_hindsight():

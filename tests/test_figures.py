@@ -151,6 +151,19 @@ def test_a_figure_from_runs_and_from_its_record(records, tmp_path, capsys):
     assert record["command"] in capsys.readouterr().err  # with other settings the recorded ones are pointed to
 
 
+def test_gains_over_the_narrowest_and_what_is_as_good_as_the_best(tmp_path):
+    accuracy = {8: 0.80, 12: 0.85, 18: 0.86}
+    runs = resnet.fig6_runs(resnet.Settings(bases="8", widths="8,12,18", seeds=3))
+    results = [made_up(accuracy[run.width] + 0.02 * (run.seed - 1) * (run.width == 12), connectivity=0.1)
+               for run in runs]
+    made = figures.points(runs, results)
+    assert figures.gains(made, "best_test_acc") == [
+        "  points above width 8, with 95 % intervals: +5.00 ± 4.97 at 12, +6.00 ± 0.00 at 18",
+        "  not distinguishable from the best: width 12 (connectivity 10 %), width 18 (connectivity 10 %)"]
+    one_seed = figures.points(runs[::3], [made_up(accuracy[run.width]) for run in runs[::3]])
+    assert figures.gains(one_seed, "best_test_acc") == []
+
+
 def test_recorded_runs_serve_a_list_and_a_figure_of_the_same_runs(records, tmp_path, capsys):
     one, nowhere = ["--bases", "8", "--widths", "8,12", "--seeds", "1"], ["--out", str(tmp_path / "none")]
     first, second = resnet.fig6_runs(resnet.Settings(bases="8", widths="8,12", seeds=1, out=str(tmp_path / "runs")))
