@@ -409,7 +409,7 @@ def best_width(s, weights):
           "   width  density   distance   of the least")
     for n in sorted({max(dense, min(weights, round(best * 2.0 ** (k / 2)))) for k in range(-4, 5)}):
         density = min(1.0, weights / (s.inputs * n))
-        distance = kernels.kernel_distance(x, y, n, density, rtol=1e-3).mean()
+        distance = least if n == best else kernels.kernel_distance(x, y, n, density, rtol=1e-3).mean()
         print(f"{n:8,} {density:8.2g} {distance:10.3g} {distance / least:14.2f}")
 
 
