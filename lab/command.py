@@ -207,11 +207,11 @@ def perform(experiment, settings, todo, argv, ranks):
     if todo.list:
         _, rows = recorded_runs(experiment, name, settings.data)
         recorded = [rows.get((s.data, s.run_name())) for s in chosen]
-        done = sum(run.done() for run in runs)
-        others = sum(bool(row) and not run.done() for row, run in zip(recorded, runs))
-        print(*[f"{run.settings.run_name()}: {run.status(row)}" for run, row in zip(runs, recorded)],
-              *figure.notes(settings), f"{done} of {len(runs)} runs are done"
-              + (f", {others} others are recorded in results/" if others else ""), sep="\n")
+        status = {run.settings.run_name(): run.status(row) for run, row in zip(runs, recorded)}
+        others = sum(text.startswith("recorded: ") for text in status.values())
+        print(*[f"{run}: {text}" for run, text in status.items()], *figure.notes(settings),
+              f"{sum(run.done() for run in runs)} of {len(runs)} runs are done"
+              + (f", {others} recorded in results/" if others else ""), sep="\n")
         return 0
     worker = WORKER in os.environ
     if not worker and ranks.rank == 0:

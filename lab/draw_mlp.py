@@ -28,9 +28,9 @@ FIGURE_8 = ("limit", "held_out", "batch", "lr", "base_width", "last", "bias", "n
 def width(points, metric):
     heading = f"{subject(points)}: wider at a fixed number of weights"
     figure, summary = accuracy_over_width(points, sparse_and_dense(points), metric, heading, unit=UNIT)
-    found, _ = shares(points, f"{metric}_test_acc")
-    return figure, summary + [f"share of the dense improvement, base {base}: {told_shares(of_width)}"
-                              for base, of_width in found.items() if of_width]
+    found, remarks = shares(points, f"{metric}_test_acc")
+    return figure, summary + remarks + [f"share of the dense improvement, base {base}: {told_shares(of_width)}"
+                                        for base, of_width in found.items() if of_width]
 
 
 def width_lr(points, metric):
@@ -89,18 +89,15 @@ def dense_last(points, activation, quantity):
     """A line of text: what a sparser last layer does, on average over the widths at which a dense one takes no more
     than half of all weights.
     """
-    accuracy = {(p.settings.width, p.settings.last): p.mean(quantity) for p in points
-                if p.settings.activation == activation and p.finished and p.settings.kept[1] > 0}
-    last = {p.settings.last for p in points}
-    widths = [p.settings.width for p in points if p.settings.activation == activation and p.settings.last == 1
-              and 2 * p.settings.kept[1] <= p.settings.budget]
-    changes = {c: [accuracy[w, c] - accuracy[w, 1.0] for w in widths if {(w, c), (w, 1.0)} <= set(accuracy)]
-               for c in sorted(last - {1.0})}
+    those = [p for p in points if p.settings.activation == activation and p.finished]
+    accuracy = {(p.settings.width, p.settings.last): p.mean(quantity) for p in those}
+    widths = [p.settings.width for p in those if p.settings.last == 1 and 2 * p.settings.kept[1] <= p.settings.budget]
     told = []
-    for c, change in changes.items():
+    for last in sorted({p.settings.last for p in those} - {1.0}):
+        change = [accuracy[width, last] - accuracy[width, 1.0] for width in widths if (width, last) in accuracy]
         if len(change) > 1:
             value, half = contrast((100, change))
-            told.append(f"{value:+.2f} ± {half:.2f} at {c:g} ({len(change)} widths)")
+            told.append(f"{value:+.2f} ± {half:.2f} at {last:g} ({len(change)} widths)")
     return ["  points above a dense last layer where that takes at most half of the weights, with 95 % intervals over "
             "widths: " + ", ".join(told)] if told else []
 

@@ -1,5 +1,7 @@
 """What exp_resnet_cifar.py, exp_bottleneck.py and exp_resnet_imagenet.py draw."""
 
+import math
+
 import numpy as np
 
 from lab.figures import (
@@ -7,6 +9,7 @@ from lab.figures import (
     accuracy_over_width,
     axes_over_width,
     describe,
+    difference,
     families,
     gains,
     learning_rates,
@@ -21,8 +24,10 @@ from lab.figures import (
     weights_of,
     widths_of,
 )
-from lab.intervals import contrast
 from lab.settings import UsageError
+
+
+BARS = "\nbars: 95 % intervals"
 
 
 def heading(figure, points):
@@ -74,7 +79,8 @@ def fig12(points, metric):
 def fig7(points, metric):
     """(sparse - base) / (dense - base) over width: the part of the dense improvement that width alone gives."""
     figure, ax = panels()
-    (found, summary), widths, shown = shares(points, f"{metric}_test_acc"), set(), [0, 1]
+    found, summary = shares(points, f"{metric}_test_acc")
+    widths, shown, bars = set(), [0, 1], False
     for i, (base, line) in enumerate(families(points).items()):
         parts = {width: value for width, (value, _) in found[base].items()}
         if not parts:
@@ -84,8 +90,8 @@ def fig7(points, metric):
         best = max(line, key=lambda p: p.mean(f"{metric}_train_acc")).settings.width
         if best in parts:
             ax.plot(best, parts[best], f"C{i}*", markersize=15)
-        shown += parts.values()
-        widths |= set(parts)
+        widths, shown = widths | set(parts), [*shown, *parts.values()]
+        bars = bars or any(math.isfinite(half) for _, half in found[base].values())
         summary.append(f"base {base}: {told_shares(found[base])}; training accuracy is largest at width {best}")
     if not widths:
         raise UsageError("; ".join(summary) or "fig7 needs, for some width above a base, the runs of that width "
@@ -94,7 +100,7 @@ def fig7(points, metric):
     ax.set_ylim(min(shown) - 0.15, max(shown) + 0.15)  # bars may be far longer
     axes_over_width(ax, widths)
     describe(ax, "part of the dense improvement", f"{heading('Figure 7', points)}; stars: largest training accuracy\n"
-             f"{title(points, metric, bars=False)}\nbars: 95 % intervals")
+             f"{title(points, metric, bars=False)}{BARS if bars else ''}")
     return figure, summary
 
 
@@ -110,15 +116,12 @@ def fig9(points, metric):
             if these:
                 lines.append((these, f"C{i}{style}", f"base {base}, masks of {kind}, {weights_of(these)}"))
     figure, summary = accuracy_over_width(points, lines, metric, heading("Figure 9", points), about=("io_only",))
-    name, alone = f"{metric}_test_acc", {(p.settings.base_width, p.settings.width): p
-                                         for line in single.values() for p in line}
     for base, line in whole.items():
         for p in line:
-            if (base, p.settings.width) in alone:
-                other = alone[base, p.settings.width]
-                value, half = contrast((100, p.values(name)), (-100, other.values(name)))
-                summary.append(f"base {base}, width {p.settings.width}: whole kernels {value:+.2f} ± {half:.2f} points "
-                               "from single weights")
+            for q in single.get(base, []):
+                if p.settings.width == q.settings.width:
+                    summary.append(f"base {base}, width {p.settings.width}: whole kernels "
+                                   f"{difference(p, q, f'{metric}_test_acc')} points from single weights")
     return figure, summary
 
 
@@ -154,29 +157,32 @@ def fig3(points, metric):
     figure, axes = panels(2, (13.5, 5.4), sharey=True)
     by_kind = {kind: families([p for p in points if p.settings.kind == kind])
                for kind in ("sparse", "linear", "nonlinear")}
-    summary = []
+    quantity, summary = f"{metric}_test_acc", []
     for ax, kind in zip(axes, ("linear", "nonlinear")):
-        lines, plain = [], {}
+        lines, sparse_lines, plain = [], [], {}
         for i, base in enumerate(sorted({base for found in by_kind.values() for base in found})):
             sparse, line = by_kind["sparse"].get(base, []), by_kind[kind].get(base, [])
             plain[base] = [p for p in sparse if p.settings.width == base]
             line = plain[base] + line if kind == "nonlinear" else line  # the plain network is the narrowest of these
-            lines += [(these, f"C{i}{style}", f"base {base}, {name}: {weights_of(these)}")
-                      for these, style, name in ((line, "o-", kind), (sparse, "x:", "sparse")) if these]
-        summary += plot_lines(ax, lines, f"{metric}_test_acc")
+            if line:
+                lines.append((line, f"C{i}o-", f"base {base}, {kind}: {weights_of(line)}"))
+            if sparse:
+                sparse_lines.append((sparse, f"C{i}x:", f"base {base}, sparse: {weights_of(sparse)}"))
+        summary += plot_lines(ax, lines, quantity)
+        of_sparse = plot_lines(ax, sparse_lines, quantity)  # the same in both panels
         for i, (base, these) in enumerate(plain.items()):
-            if these and kind == "linear" and base in by_kind[kind]:
-                summary += [f"base {base}, linear bottlenecks:",
-                            *gains(by_kind[kind][base], f"{metric}_test_acc", these[0], "the plain network")]
             if these:
-                ax.axhline(100 * these[0].mean(f"{metric}_test_acc"), color=f"C{i}", linestyle="--", linewidth=1,
+                if kind == "linear":
+                    summary += gains(by_kind[kind].get(base, []), quantity, these[0],
+                                     f"the plain network of width {base}, of linear bottlenecks")
+                ax.axhline(100 * these[0].mean(quantity), color=f"C{i}", linestyle="--", linewidth=1,
                            label=f"base {base}, plain: {weights_of(these)}")
         axes_over_width(ax, widths_of(points))
         ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below: it would hide lines
         ax.set_title({"linear": "linear bottlenecks", "nonlinear": "non-linear bottlenecks"}[kind], fontsize=10)
     axes[0].set_ylabel(f"{metric} test accuracy, %")
     figure.suptitle(f"{heading('Figure 3', points)}\n{title(points, metric)}", fontsize=9)
-    return figure, list(dict.fromkeys(summary))  # the sparse families are in both panels
+    return figure, summary + of_sparse
 
 
 def table1(points, metric, sparse, dense):
@@ -207,5 +213,6 @@ def fig7_beside_table1(points, metric, sparse, dense):
     if points[0].settings.papers:
         ax, = figure.axes
         ax.plot(list(parts), list(parts.values()), "C7x--", label=label)
+        ax.set_ylim(min(ax.get_ylim()[0], *parts.values()), max(ax.get_ylim()[1], max(parts.values()) + 0.15))
         ax.legend(fontsize=8)
     return figure, summary

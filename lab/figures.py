@@ -151,17 +151,17 @@ def recorded_runs(experiment, name, data):
     Without a record of its own the head is the command for it alone, if one of a figure with the same runs is there.
     Faulty records are left out with a word.
     """
-    where, head, rows = record_path(experiment, name, data), {}, {}
-    for path in sorted(RECORDS.glob(f"{experiment.name}_*.json"), key=lambda path: path != where):
-        found, more = readable(lambda: read_record(path)) or ({}, {})
+    heads, rows, own = {}, {}, record_path(experiment, name, data)
+    for path in sorted(RECORDS.glob(f"{experiment.name}_*.json"), key=lambda path: path != own):
+        heads[path], more = readable(lambda: read_record(path)) or ({}, {})
         rows = more | rows
-        figure = found.get("figure")
-        if path == where:
-            head = found
-        elif not head and path == record_path(experiment, figure, data) and figure in experiment.figures \
-                and experiment.figures[figure].runs is experiment.figures[name].runs:
-            head = {"command": str(found.get("command")).replace(f"--plot {figure}", f"--plot {name}")}
-    return head, rows
+    if heads.get(own):
+        return heads[own], rows
+    for other, figure in experiment.figures.items():
+        command = heads.get(record_path(experiment, other, data), {}).get("command")
+        if figure.runs is experiment.figures[name].runs and isinstance(command, str):
+            return {"command": command.replace(f"--plot {other}", f"--plot {name}")}, rows
+    return {}, rows
 
 
 def row_key(row, path, number):
@@ -386,41 +386,49 @@ def sparse_and_dense(points):
 def plot_lines(ax, lines, quantity, x=lambda point: point.settings.width):
     """Lines (points, style, label) of accuracies in per cent, with their deviations over seeds.
 
-    Returns for each "label: 65.55 % at 8, ...", whatever x is: at these widths; and what `gains` says of it.
+    Returns for each "label: 65.55 % at 8, ...", whatever x is: at these widths; with the gains over the first.
     """
     summary = []
     for line, style, label in lines:
         y, error = (100 * np.array([statistic(p, quantity) for p in line]) for statistic in (Point.mean, Point.std))
         summary.append(f"{label}: " + ", ".join(f"{v:.2f} % at {p.settings.width}" for p, v in zip(line, y)))
-        summary += gains(line, quantity)
+        summary += gains(line, quantity, line[0], f"width {line[0].settings.width}")
+        summary += as_good_as_the_best(line, quantity)
         places, far = np.array([x(p) for p in line]), starved(y)
         ax.errorbar(places, np.where(far, np.nan, y), error, fmt=style, capsize=3, label=label)
         off_the_scale(ax, places[far], y[far], color=style[:2])
     return summary
 
 
-def gains(line, quantity, start=None, called=None):
-    """Lines of text: by how many points (1/100) a line's accuracies are above those of `start`, its first point by
-    default, with 95 % intervals; and which widths cannot be told from its best. None of what needs more seeds.
-    called: what start is in words.
-    """
-    start, above, lines = start or line[0], [], []
-    for p in line:
-        value, half = contrast((100, p.values(quantity)), (-100, start.values(quantity)))
-        if p is not start and math.isfinite(half):
-            above.append(f"{value:+.2f} ± {half:.2f} at {p.settings.width}")
-    if above:
-        called = called or f"width {start.settings.width}"
-        lines.append(f"  points above {called}, with 95 % intervals: {', '.join(above)}")
-    if len(line) > 2 and min(len(p.finished) for p in line) > 2:
-        alike = indistinguishable(line, [[-v for v in p.values(quantity)] for p in line])
-        lines.append("  not distinguishable from the best: " + ", ".join(
-            f"width {p.settings.width} (connectivity {100 * p.mean('connectivity'):.3g} %)" for p in alike))
-    return lines
+def difference(point, other, quantity):
+    """"+3.42 ± 0.51": points (1/100) by which an accuracy is above another, with the 95 % interval if seeds tell one"""
+    value, half = contrast((100, point.values(quantity)), (-100, other.values(quantity)))
+    return f"{value:+.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
+
+
+def gains(line, quantity, start, called):
+    """A line of text: what the points of a line gain over `start`, called so; none if there are no intervals."""
+    told = [f"{difference(p, start, quantity)} at {p.settings.width}" for p in line if p is not start]
+    if not any("±" in text for text in told):
+        return []
+    return [f"  points above {called}, with 95 % intervals: {', '.join(told)}"]
+
+
+def as_good_as_the_best(line, quantity):
+    """A line of text: which widths cannot be told from the best of a line, of three or more that have three seeds."""
+    seeded = [p for p in line if len(p.finished) > 2]
+    if len(seeded) < 3:
+        return []
+    alike = indistinguishable(seeded, [[-v for v in p.values(quantity)] for p in seeded])
+    told = [f"width {p.settings.width}" + (f" (connectivity {100 * p.mean('connectivity'):.3g} %)"
+                                           if p.mean("connectivity") < 1 else "") for p in alike]
+    left_out = [p.settings.width for p in line if p not in seeded]
+    return [f"  not distinguishable from the best: {', '.join(told)}"
+            + (f"; too few seeds to say at {', '.join(map(str, left_out))}" if left_out else "")]
 
 
 def is_dense(point):
-    """Whether this network keeps all its weights: where dense networks have no flag they are their own base."""
+    """Whether this network, not a bottleneck, keeps all its weights: those without the flag are their own base."""
     return point.settings.dense or point.settings.width == point.settings.base_width
 
 
@@ -436,12 +444,14 @@ def shares(points, quantity):
             width = p.settings.width
             if width == base or not {width, base} <= set(dense):
                 continue
-            gain = np.mean(dense[width]) - np.mean(dense[base])
+            gain, half = contrast((1, dense[width]), (-1, dense[base]))
+            about = f"base {base}: at width {width} the dense network gains {100 * gain:.2f}"
             if gain > 0.001:
                 found[base][width] = share(p.values(quantity), dense[width], dense[base])
             else:
-                lines.append(f"base {base}: at width {width} the dense network gains {100 * gain:.2f} points, "
-                             "too little to have parts")
+                lines.append(f"{about} points, too little to have parts")
+            if half > gain > 0.001:
+                lines.append(f"{about} ± {100 * half:.2f} points, not told from 0: a share of it says little")
     return found, lines
 
 
@@ -526,9 +536,11 @@ def learning_rates(points, metric, heading, table, names, about=()):
 
 
 def one_rate_and_tuned(points, metric, heading, **axes):
-    """Accuracy over width at one learning rate, and at that chosen for each width where it is another."""
-    one = points[0].settings.lr
-    lines = [([p for p in points if p.finished and (p.settings.lr == one) == same], style, label)
-             for same, style, label in ((True, "C0o-", f"learning rate {one:g} at every width"),
-                                        (False, "C1s", "chosen on held-out images, where it is another"))]
+    """Accuracy over width at one learning rate, and at that chosen for each width."""
+    one, chosen = points[0].settings.lr, {}
+    done = [p for p in points if p.finished]
+    for p in sorted(done, key=lambda p: p.settings.lr != one):
+        chosen[p.settings.width] = p  # of two the one with another rate
+    lines = [([p for p in done if p.settings.lr == one], "C0o-", f"learning rate {one:g} at every width"),
+             ([chosen[width] for width in sorted(chosen)], "C1s--", "learning rate chosen for each width")]
     return accuracy_over_width(points, [line for line in lines if line[0]], metric, heading, about=("lr",), **axes)

@@ -474,7 +474,7 @@ def test_learning_rates_chosen_for_each_width(script, name, table, tmp_path, mon
     seen.clear()
     told, _ = plotted(script, name + "_tuned", replace(s, out=str(tmp_path / "tuned")), result_of, capsys)
     assert "learning rate 0.1 at every width: 90.00 % at 8, 80.00 % at 18" in told
-    assert "chosen on held-out images, where it is another: 90.00 % at 18" in told
+    assert "learning rate chosen for each width: 90.00 % at 8, 90.00 % at 18" in told
 
 
 def test_figure_10_has_the_counts_of_the_networks_it_is_about(tmp_path):
@@ -499,6 +499,12 @@ def test_figure_7_says_where_there_is_nothing_to_divide_by():
         draw_resnet.fig7(points(runs[:1], of_cifar), "best")
 
 
+def test_whole_kernels_of_one_seed_have_no_interval():
+    runs = resnet.fig9_runs(resnet.Settings(bases="8", widths="8,12", seeds=1))
+    _, summary = draw_resnet.fig9(points(runs, of_cifar), "best")
+    assert summary[-1] == "base 8, width 12: whole kernels -1.00 points from single weights"
+
+
 def test_a_figure_of_whole_kernels_alone():
     runs = [r for r in resnet.fig9_runs(resnet.Settings(bases="8", widths="8,12", seeds=1)) if r.io_only]
     _, summary = draw_resnet.fig9(points(runs, of_cifar), "best")
@@ -506,19 +512,23 @@ def test_a_figure_of_whole_kernels_alone():
 
 
 def test_figure_of_bottlenecks(tmp_path, capsys):
-    s = bottleneck.Settings(bases="8,12", widths="8,12,18", seeds=1, epochs=30, out=str(tmp_path))
-    order = {run: i for i, run in enumerate(bottleneck.fig3_runs(s))}
+    s = bottleneck.Settings(bases="8,12", widths="8,12,18", seeds=3, epochs=30, out=str(tmp_path))
+    order = {run: i // 3 for i, run in enumerate(bottleneck.fig3_runs(s))}
 
     def result_of(run):
         weights = (slow_count("nonlinear", run.base_width, 1.0) if run.kind == "sparse" else
                    slow_count(run.kind, run.width, bottleneck.fraction(run)))
-        return made_up(0.5 + 0.01 * order[run], weights)
+        dense = run.kind != "sparse" or run.width == run.base_width
+        return made_up(0.5 + 0.01 * order[run] + 0.001 * run.seed, weights, connectivity=1.0 if dense else 0.5)
 
     told, picture = plotted(bottleneck, "fig3", s, result_of, capsys)
-    assert "base 8, linear: 182,057 to 183,195 weights: 53.00 % at 8, 54.00 % at 12, 55.00 % at 18" in told
-    assert "base 8, nonlinear: 175,192 to 177,372 weights: 50.00 % at 8, 56.00 % at 12, 57.00 % at 18" in told
-    assert told.count("base 8, sparse: 175,192 weights: 50.00 % at 8, 51.00 % at 12, 52.00 % at 18") == 1
-    assert "13 of 13 runs are done" in told and picture.name == "resnet_cifar_fig3.png"
+    assert "base 8, linear: 182,057 to 183,195 weights: 53.10 % at 8, 54.10 % at 12, 55.10 % at 18" in told
+    assert "base 8, nonlinear: 175,192 to 177,372 weights: 50.10 % at 8, 56.10 % at 12, 57.10 % at 18" in told
+    assert told.count("base 8, sparse: 175,192 weights: 50.10 % at 8, 51.10 % at 12, 52.10 % at 18") == 1
+    assert ("points above the plain network of width 8, of linear bottlenecks, with 95 % intervals: +3.00 ± 0.23 at 8, "
+            "+4.00 ± 0.23 at 12, +5.00 ± 0.23 at 18\n") in told
+    assert told.count("not distinguishable from the best: width 18\n") == 2  # of linear and of nonlinear ones
+    assert "39 of 39 runs are done" in told and picture.name == "resnet_cifar_fig3.png"
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -536,6 +546,14 @@ def test_figures_of_imagenet(name, expected, data, tmp_path, capsys):
     assert all(sentence in told for sentence in expected)
     assert ("70.02 %  70.00 % (1)" in told) == (data == "imagenet")
     assert picture.name == {"imagenet": "", "synthetic": "synthetic_"}[data].join(("resnet_imagenet_", f"{name}.png"))
+
+
+def test_figure_7_shows_the_paper_s_shares_whatever_ours_are():
+    runs = imagenet.EXPERIMENT.figures["fig7"].runs(imagenet.Settings(widths="64,128"))
+    made = points(runs, lambda run: made_up(ON_IMAGENET[run.base_width, run.width], 9))
+    picture, _ = imagenet.EXPERIMENT.figures["fig7"].draw(made, "best")
+    low, high = picture.axes[0].get_ylim()
+    assert low < 0.5 and high > 1.42 and "bars" not in picture.axes[0].get_title()  # of one seed
 
 
 def test_tuned_learning_rates_are_those_of_the_record():
@@ -567,6 +585,10 @@ def test_the_best_width_of_made_up_errors():
     errors = [m + rng.normal(0, 0.3, 10) for m in level]
     best, (low, high), alike = intervals.best_of(widths, errors, rng)
     assert best in (40, 80) and (low, high) == (40, 80) and alike == [40, 80]
+    assert intervals.indistinguishable([5], [[1, 2, 3]]) == [5]
+    one, other = np.arange(10) / 10, np.arange(10) / 10 + 0.27  # p = 0.031; of three other widths 0.05 / 3 is asked for
+    assert intervals.indistinguishable([1, 2], [one, other]) == [1]
+    assert intervals.indistinguishable([1, 2, 3, 4], [one, other, one + 9, one + 9]) == [1, 2]
     precise = [m + rng.normal(0, 1e-3, 3) for m in level]
     assert intervals.best_of(widths, precise, rng) == (40, (40, 40), [40])
     assert intervals.best_of(widths, [np.full(3, m) for m in level], rng) == (40, (40, 40), [40])
@@ -597,9 +619,11 @@ def test_what_a_sparser_last_layer_does():
     """At widths where a dense one takes at most half of the weights: 10 to 160, not 320."""
     change = {10: -0.02, 20: -0.03, 40: -0.04, 80: -0.03, 160: -0.03, 320: 0.5}
     runs = [run for run in mlp.fig5_runs(mlp.Settings(seeds=1)) if run.last in (0.5, 1.0) and run.width in change]
-    results = [made_up(0.5 + (change[run.width] / 5 if run.last == 0.5 else 0)) for run in runs]
+    results = [made_up(0.5 + (change[run.width] / 5 if run.last == 0.5 and run.activation == "relu" else 0))
+               for run in runs]
     made = figures.points(runs, results)
     line, = draw_mlp.dense_last(made, "relu", "best_test_acc")
+    assert line != draw_mlp.dense_last(made, "linear", "best_test_acc")[0]
     assert line.endswith("with 95 % intervals over widths: -0.60 ± 0.18 at 0.5 (5 widths)")
 
 

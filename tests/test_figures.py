@@ -136,6 +136,7 @@ def test_a_figure_from_runs_and_from_its_record(records, tmp_path, capsys):
     picture = records / "mlp_mnist_synthetic_width.png"
     record = json.loads(picture.with_suffix(".json").read_text())
     assert picture.stat().st_size > 10_000 and "13 of 13 runs are done\n" in drawn
+    assert "share of the dense improvement, base 5: 14 % at 10, 25 % at 20" in drawn
     assert len(record["runs"]) == 13 and record["versions"] == [{"numpy": np.__version__}] and "missing" not in record
     assert lab.main(mlp.EXPERIMENT, words + nowhere) == 0  # the same table comes from the record
     again = capsys.readouterr().out
@@ -157,11 +158,44 @@ def test_gains_over_the_narrowest_and_what_is_as_good_as_the_best(tmp_path):
     results = [made_up(accuracy[run.width] + 0.02 * (run.seed - 1) * (run.width == 12), connectivity=0.1)
                for run in runs]
     made = figures.points(runs, results)
-    assert figures.gains(made, "best_test_acc") == [
-        "  points above width 8, with 95 % intervals: +5.00 ± 4.97 at 12, +6.00 ± 0.00 at 18",
-        "  not distinguishable from the best: width 12 (connectivity 10 %), width 18 (connectivity 10 %)"]
+    assert figures.gains(made, "best_test_acc", made[0], "8") == [
+        "  points above 8, with 95 % intervals: +5.00 ± 4.97 at 12, +6.00 ± 0.00 at 18"]
+    best = "  not distinguishable from the best: width 12 (connectivity 10 %), width 18 (connectivity 10 %)"
+    assert figures.as_good_as_the_best(made, "best_test_acc") == [best]
+    fourth = replace(made[0], settings=replace(made[0].settings, width=24), results=made[0].results[:2])
+    assert figures.as_good_as_the_best([*made, fourth], "best_test_acc") == [f"{best}; too few seeds to say at 24"]
+    dense = [replace(p, results=tuple(r | {"connectivity": 1.0} for r in p.results)) for p in made]
+    assert figures.as_good_as_the_best(dense, "best_test_acc") == [
+        "  not distinguishable from the best: width 12, width 18"]
     one_seed = figures.points(runs[::3], [made_up(accuracy[run.width]) for run in runs[::3]])
-    assert figures.gains(one_seed, "best_test_acc") == []
+    assert figures.gains(one_seed, "best_test_acc", one_seed[0], "8") == []
+    assert figures.as_good_as_the_best(made[:2], "best_test_acc") == []
+
+
+def test_a_dense_gain_of_nothing_has_no_share_and_an_uncertain_one_says_so():
+    runs = mlp.width_runs(mlp.Settings(seeds=3))
+    dense = {5: 0.90, 10: 0.905, 20: 0.90, 40: 0.95}  # 10: two seeds of three at 0.89, below the base
+
+    def accuracy(run):
+        spread = 0.015 * (run.seed - 1) * (run.dense and run.width == 10)
+        return dense.get(run.width, 0.95) + spread - 0.02 * (run.width > 5 and not run.dense)
+
+    found, lines = figures.shares(figures.points(runs, [made_up(accuracy(run)) for run in runs]), "best_test_acc")
+    assert list(found[5]) == [10, 40, 80, 160, 320] and found[5][40] == (pytest.approx(0.6), pytest.approx(0, abs=1e-9))
+    assert lines == ["base 5: at width 10 the dense network gains 0.50 ± 3.73 points, not told from 0: a share of it "
+                     "says little", "base 5: at width 20 the dense network gains 0.00 points, too little to have parts"]
+    assert figures.told_shares({10: (0.6, 0.12), 20: (0.5, float("nan"))}) == "60 ± 12 % at 10, 50 % at 20"
+
+
+@pytest.mark.parametrize("content", ["{nonsense", '{"runs": []}', '{"runs": [], "figure": "fig6", "command": ["x"]}'])
+def test_faulty_records_end_no_list(records, tmp_path, capsys, content):
+    records.mkdir()
+    (records / "resnet_cifar_fig6.json").write_text(content)
+    words = ["--bases", "8", "--widths", "8,12", "--seeds", "1", "--out", str(tmp_path)]
+    assert lab.main(resnet.EXPERIMENT, ["--list", "fig12", *words]) == 0
+    assert "0 of 2 runs are done\n" in capsys.readouterr().out
+    assert lab.main(resnet.EXPERIMENT, ["--plot", "fig12", *words]) == 2
+    assert capsys.readouterr().err.endswith("none of the 2 runs of fig12 is done; train them with --sweep fig12\n")
 
 
 def test_recorded_runs_serve_a_list_and_a_figure_of_the_same_runs(records, tmp_path, capsys):
@@ -172,7 +206,7 @@ def test_recorded_runs_serve_a_list_and_a_figure_of_the_same_runs(records, tmp_p
     assert lab.main(resnet.EXPERIMENT, ["--list", "fig12", *one, *nowhere]) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == [
         f"{second.run_name()}: not begun", f"{first.run_name()}: recorded: test 75.00 % best, 74.00 % final",
-        "0 of 2 runs are done, 1 others are recorded in results/"]
+        "0 of 2 runs are done, 1 recorded in results/"]
     assert lab.main(resnet.EXPERIMENT, ["--plot", "fig12", "--epochs", "3", *nowhere]) == 2  # of which none is recorded
     assert capsys.readouterr().err.endswith(
         "; train them with --sweep fig12, or draw the recorded ones: "

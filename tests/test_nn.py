@@ -1003,7 +1003,7 @@ def test_a_gradient_of_kept_entries_follows_the_dtype_of_data():
 
 
 def test_a_state_of_kept_entries_alone(backend):
-    """It is smaller on a CPU, and read like one of all entries; what does not fit is refused before anything changes."""
+    """It is smaller on a CPU, and read like one of all entries; what does not fit is refused, with nothing changed."""
     net, other = mlp(30, 40, 4), mlp(30, 40, 4)
     nn.sparsify(net, 100, seed=0)
     state = net.state_dict(kept=True)

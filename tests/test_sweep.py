@@ -281,7 +281,8 @@ def test_jobs_of_ones_own_script_start_no_jobs(tmp_path):
 def test_jobs_without_a_script_are_refused(tmp_path, capsys):
     experiment = replace(TINY, script="<a cell of a notebook>")
     assert command.main(experiment, [*flags(tmp_path), "--sweep", "many", "--jobs", "2"]) == 2
-    assert "--jobs starts processes that run <a cell of a notebook>, and there is no such file" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--jobs starts processes that run <a cell of a notebook>, and there is no such file" in told
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
