@@ -21,6 +21,7 @@ SCRIPTS = {f"{script.__name__}.py": script.EXPERIMENT
 EXAMPLES = re.findall("```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
 COMMANDS = sorted({found for page in PAGES for found in
                    re.findall(r"python (exp_\w+\.py(?: [^`<#\n\"&]*)?)", page.read_text())})
+CLAIMS = [line for line in (ROOT / "docs/results.md").read_text().splitlines() if line.startswith("| (")]
 DRAWN = [line for line in COMMANDS if "--plot" in line and "fig9" not in line and "imagenet-256" not in line]
 
 
@@ -49,6 +50,17 @@ def test_figures_are_drawn_from_the_records(line, tmp_path):
     script, *words = shlex.split(line)
     assert command.main(SCRIPTS[script], [*words, "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("row", CLAIMS, ids=lambda row: row[:30])
+def test_numbers_of_a_claim_are_printed_by_its_command(row, tmp_path, capsys):
+    claim, *found, scale = row.strip("| ").split(" | ")
+    script, *words = shlex.split(re.search("`python (.*)`", scale)[1])
+    assert command.main(SCRIPTS[script], [*words, "--out", str(tmp_path), "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    numbers = re.findall(r"[-+]?[\d.,]+ ± [\d.]+|[\d.]+ %", " ".join(found))
+    assert numbers and not [number for number in numbers if number not in told]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
