@@ -10,7 +10,7 @@ from lab.intervals import best_of
 from lab.settings import UsageError
 
 ABOUT = (*FIGURE_8, "side")
-TICKS = [2**k for k in range(1, 12, 2)]
+TICKS, ERRORS = [2**k for k in range(1, 12, 2)], (5, 10, 15, 20, 30, 50, 90)
 PREDICTIONS = {"exact": "exact theory", "formula": "Eq. 4", "series": "the series"}
 
 
@@ -91,14 +91,18 @@ def optimum(points, metric, computed):
         ax = axes[side]
         axes["exact"].plot([], [], f"k{marker}", label=f"{side} x {side} pixels")
         axes_over_width(ax, [n for n in TICKS if n <= ax.get_xlim()[1]], UNIT)
-        ax.set_title(f"{side} x {side} pixels; stars: predicted by the exact theory", fontsize=9)
+        ax.set_title(f"{side} x {side} pixels; stars: by exact theory", fontsize=9)
+        ax.set_yscale("log")
+        ticks = [error for error in ERRORS if ax.get_ylim()[0] <= error <= ax.get_ylim()[1]]
+        ax.set_yticks(ticks, ticks)
+        ax.minorticks_off()
         if ax.lines:
             ax.legend(title="weights", fontsize=7)
     axes[sides[0]].set_ylabel(f"{metric} test error, %")
     axes["exact"].legend(fontsize=8)
     figure.suptitle(f"{subject(points)}: the width that the Gaussian-process kernel predicts, and the best\n"
-                    f"{title(points, metric, about=ABOUT, bars=False)}\nbars: widths not distinguishable from the "
-                    f"best; 95 % of resampled pairs of images ({computed['pairs']})", fontsize=10)
+                    f"{title(points, metric, about=ABOUT, bars=False)}\nabove: colours as below; bars: widths not "
+                    f"distinguishable from the best, 95 % of resampled pairs of images ({computed['pairs']})", fontsize=10)
     return figure, summary
 
 
