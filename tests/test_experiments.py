@@ -569,6 +569,7 @@ def test_tuned_learning_rates_of_the_best_width_are_those_of_the_record():
     done = points(runs, lambda run: rows["mnist", run.run_name()])
     chosen = figures.tuned(done, names=("side", "base_width", "width"))
     assert chosen == {(*key, width): lr for key, line in mlp.OPTIMUM_LR.items() for width, lr in line.items()}
+    assert all(2 * lr == chosen[network] for network, lr in mlp.OPTIMUM_LOWERED.items())
 
 
 def test_a_learning_rate_with_a_diverged_seed_is_not_chosen():
@@ -625,6 +626,21 @@ def test_what_a_sparser_last_layer_does():
     line, = draw_mlp.dense_last(made, "relu", "best_test_acc")
     assert line != draw_mlp.dense_last(made, "linear", "best_test_acc")[0]
     assert line.endswith("with 95 % intervals over widths: -0.60 ± 0.18 at 0.5 (5 widths)")
+
+
+def test_ways_to_choose_a_width_are_judged_where_there_is_such_a_network():
+    """Three cases with error (log2 of width over the best)^2; the last has no network wider than 16."""
+    cases = [({"widths": [8, 16, 32, 64], "weights": 100, "side": 2, "base_width": 8}, 32),
+             ({"widths": [16, 32, 64, 128], "weights": 400, "side": 2, "base_width": 16}, 64),
+             ({"widths": [4, 8, 16], "weights": 100, "side": 4, "base_width": 4}, 8)]
+    found = [(b, np.log2(np.array(b["widths"]) / best) ** 2, best, None, [best]) for b, best in cases]
+    told = draw_optimum.judged("guess", [16, 32, 32], found)
+    assert told == ("best width by guess (no such network in 1 cases): mean error of log2 width 1.00 (a factor of 2.00; "
+                    "of it -1.00 in one direction), rank correlation 1.00, among those not distinguishable 0 of 2 times, "
+                    "1.00 points of error above the least")
+    assert draw_optimum.judged("guess", [999] * 3, found) == "best width by guess: there is no such network"
+    widths = [3 * b["weights"] ** 0.5 * (b["side"] ** 2) ** 0.25 for b, *_ in found]
+    assert draw_optimum.powers_of_weights_and_pixels(found, widths) == pytest.approx([0.5, 0.25])
 
 
 def test_a_constant_in_hindsight():
@@ -717,6 +733,8 @@ def test_the_best_width_for_a_number_of_weights(data_dir, tmp_path, monkeypatch,
     np.testing.assert_allclose(table[:, 0] * table[:, 1] * 49, 1000, rtol=0.05)
     for wrong, says in (([*words, "0"], "--best-width takes a number of weights from 1 to 1,000,000,000, not 0"),
                         ([*words, "many"], "argument --best-width: invalid int value: 'many'"),
+                        ([*words, "50", "--dry-run"], "--best-width is done alone, without --sweep, --list, --plot, "
+                                                      "--dry-run and --quick"),
                         ([*words, "50", "--side", "5"], "--side is a whole fraction of 28, such as 14 or 7, not 5")):
         assert lab.main(mlp.EXPERIMENT, wrong) == 2
         assert f"exp_mlp_mnist.py: {says}" in capsys.readouterr().err
