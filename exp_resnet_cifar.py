@@ -40,7 +40,7 @@ class Network(lab.Settings):
     dense: bool = setting(False, "keep all weights of this width instead")
     how: str = setting("largest-first", "how the removed weights are divided among the layers",
                        choices=("largest-first", "proportional"))
-    io_only: bool = setting(False, "remove whole kernels, never part of one (Figure 9)")
+    io_only: bool = setting(False, "remove whole convolution kernels, never part of one (Figure 9)")
     schedule: str = setting("steps", "of the learning rate: steps (multiplied by 0.1 at 1/6, 2/5 and 2/3 of the "
                             "epochs), cosine (to 0 at the end) or constant", choices=("steps", "cosine", "constant"))
     momentum: float = setting(0.9, "of SGD", least=0)
@@ -238,17 +238,20 @@ def fig6_runs(s):
 
 
 FIG6_RATES = (0.05, 0.1, 0.2)
-FIG6_LR = {8: 0.1, 18: 0.1, 32: 0.1}  # width: for the weights of width 8, from --plot fig6_lr; until then 0.1
+FIG6_LR = {}  # width: the best for the weights of width 8 on held-out images, copied from what --plot fig6_lr prints
 
 
 def fig6_lr_runs(s):
     """Three learning rates at three widths of the first base, tested on training images that are not trained on."""
     base, s = families(s)[0][0], replace(s, held_out=5000)
-    return lab.over_seeds(s, [at(replace(s, lr=lr), base, w) for w in FIG6_LR for lr in FIG6_RATES], 1)
+    return lab.over_seeds(s, [at(replace(s, lr=lr), base, w) for w in (8, 18, 32) for lr in FIG6_RATES], 1)
 
 
 def fig6_tuned_runs(s):
     """The same widths with the learning rate of all and with that chosen for each."""
+    if not FIG6_LR:
+        raise lab.UsageError("the learning rates of fig6_tuned are not chosen yet; --sweep fig6_lr and then --plot "
+                             "fig6_lr find those that belong into FIG6_LR of this script")
     base = families(s)[0][0]
     return lab.over_seeds(s, [at(replace(s, lr=lr), base, w) for w, chosen in FIG6_LR.items()
                               for lr in dict.fromkeys((s.lr, chosen))], 3)
@@ -308,7 +311,7 @@ FIGURES = {
                              draw.fig6_tuned),
     "fig7": lab.Figure("part of the dense improvement that width alone gives", fig7_runs, draw.fig7, paper,
                        notes=notes),
-    "fig9": lab.Figure("masks of whole kernels beside masks of single weights", fig9_runs, draw.fig9, paper,
+    "fig9": lab.Figure("masks of whole convolution kernels beside masks of single weights", fig9_runs, draw.fig9, paper,
                        notes=notes),
     "fig10": lab.Figure("kept weights by layer", fig10_runs, draw.fig10, compute=fig10_compute, trained=False),
     "fig12": lab.Figure("Figure 6 over connectivity", fig6_runs, draw.fig12, paper, notes=notes),

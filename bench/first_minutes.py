@@ -438,7 +438,7 @@ def main(words, perform=in_a_process):
     parts = [f"{verdict}: {', '.join(which)}" for verdict, which in found.items() if which]
     print(f"\n{'; '.join(parts)}. {time.monotonic() - began:.0f} s in all.")
     if failed := found["FAILED"]:
-        print(f"Again: `python bench/first_minutes.py {' '.join(failed)}`. Please send all of this to the authors.")
+        print(f"Again: `python bench/first_minutes.py {' '.join(failed)}`. Please report all of this.")
         return FAILED
     print(NEXT)
     return OK

@@ -109,7 +109,7 @@ def table(figure, points, metric, script):
     yield f"{'paper':>12}  {f'ours: {metric} {what} accuracy':30}  command of the first seed"
     for p in points:
         count, diverged = len(p.finished), len(p.results) - len(p.finished)
-        spread = f" ± {100 * p.std(name):.2f}" if count > 1 else ""
+        spread = f", s.d. {100 * p.std(name):.2f}" if count > 1 else ""
         ours = f"{percent(p.mean(name))}{spread} ({count})" if p.results else "missing"
         ours += f", {diverged} diverged" if diverged else ""
         stated = figure.paper(p.settings)

@@ -438,7 +438,7 @@ def plotted(script, name, s, result_of, capsys):
     ("fig6", ["base 8: 175,192 weights: 80.10 % at 8, 83.10 % at 12, 84.10 % at 18",
               "points above width 8, with 95 % intervals: +3.00 ± 0.61 at 12, +4.00 ± 0.61 at 18"]),
     ("fig14", ["base 8: 175,192 weights: 90.10 % at 8, 93.10 % at 12, 94.10 % at 18",
-               "ours: best training accuracy", "90.10 % ± 0.14 (2)"]),
+               "ours: best training accuracy", "90.10 %, s.d. 0.14 (2)"]),
     ("fig12", ["base 12: 393,540 weights: 85.10 % at 12, 86.10 % at 18"]),
     ("fig1", ["sparse: 175,192 weights at every width: 80.10 % at 8, 83.10 % at 12, 84.10 % at 18",
               "dense: all weights of its width: 80.10 % at 8, 85.10 % at 12, 88.10 % at 18"]),
@@ -459,15 +459,18 @@ def test_learning_rates_chosen_for_each_width(script, name, table, tmp_path, mon
     """Wider networks want the higher rate here; the second figure shows both where they differ."""
     rates, s = (0.1, 0.2), script.Settings(seeds=1, out=str(tmp_path))
     monkeypatch.setattr(script, name.upper() + "_RATES", rates)
-    monkeypatch.setattr(script, table, {8: 0.1, 18: 0.1})
+    monkeypatch.setattr(script, table, {})
 
     def result_of(run):
         assert run.held_out or name + "_lr" not in seen
-        return made_up(0.9 - 0.1 * ((run.lr == 0.2) != (run.width == 18)), run.seed + 9)
+        return made_up(0.9 - 0.1 * ((run.lr == 0.2) != (run.width >= 18)), run.seed + 9)
 
+    with pytest.raises(lab.UsageError, match=f"the learning rates of {name}_tuned are not chosen yet; --sweep {name}_lr"):
+        script.EXPERIMENT.figures[name + "_tuned"].runs(s)
     seen = [name + "_lr"]
     told, _ = plotted(script, name + "_lr", s, result_of, capsys)
-    assert f"{table} = {{8: 0.1, 18: 0.2}}" in told
+    widths = sorted({run.width for run in script.EXPERIMENT.figures[name + "_lr"].runs(s)})
+    assert f"{table} = { {w: 0.2 if w >= 18 else 0.1 for w in widths} }" in told
     monkeypatch.setattr(script, table, {8: 0.1, 18: 0.2})
     runs = script.EXPERIMENT.figures[name + "_tuned"].runs(s)
     assert [(run.width, run.lr, run.held_out) for run in runs] == [(8, 0.1, 0), (18, 0.1, 0), (18, 0.2, 0)]
@@ -635,9 +638,9 @@ def test_ways_to_choose_a_width_are_judged_where_there_is_such_a_network():
              ({"widths": [4, 8, 16], "weights": 100, "side": 4, "base_width": 4}, 8)]
     found = [(b, np.log2(np.array(b["widths"]) / best) ** 2, best, None, [best]) for b, best in cases]
     told = draw_optimum.judged("guess", [16, 32, 32], found)
-    assert told == ("best width by guess (no such network in 1 cases): mean error of log2 width 1.00 (a factor of 2.00; "
-                    "of it -1.00 in one direction), rank correlation 1.00, among those not distinguishable 0 of 2 times, "
-                    "1.00 points of error above the least")
+    assert told == ("best width by guess (no such network in 1 cases): mean error of log2 width 1.00 (a factor of "
+                    "2.00; of it -1.00 in one direction), rank correlation 1.00, among those not distinguishable 0 of "
+                    "2 times, 1.00 points of error above the least")
     assert draw_optimum.judged("guess", [999] * 3, found) == "best width by guess: there is no such network"
     widths = [3 * b["weights"] ** 0.5 * (b["side"] ** 2) ** 0.25 for b, *_ in found]
     assert draw_optimum.powers_of_weights_and_pixels(found, widths) == pytest.approx([0.5, 0.25])
