@@ -15,6 +15,7 @@ import math
 import warnings
 import zlib
 from builtins import sum as total
+from collections.abc import Mapping
 from numbers import Real
 
 import numpy as np
@@ -778,8 +779,8 @@ def in_shape(values, positions, p):
 
 
 def check_state(state):
-    if not isinstance(state, dict):
-        raise TypeError(f"a state is a dict of arrays, as state_dict() returns it, not {type(state).__name__}")
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a state is a dict of arrays, as state_dict() returns it or np.load reads it, not {type(state).__name__}")
 
 
 class Module:

@@ -348,6 +348,21 @@ def test_state_dict_round_trip_with_masks():
     assert nn.weight_count(two) == 30 and not np.array_equal(state["1.weight"], one[1].weight.data)  # a copy
 
 
+def test_states_are_kept_by_numpy(tmp_path):
+    """As the README has it: np.savez, and what np.load reads."""
+    one, two = mlp(4, 3), mlp(4, 3)
+    nn.initialize(one, 1)
+    optimizers = [nn.SGD(net.parameters(), 0.1, momentum=0.9) for net in (one, two)]
+    nn.cross_entropy(one(nn.Tensor(np.ones((2, 4), np.float32))), np.array([0, 1])).backward()
+    optimizers[0].step()
+    for part, other, path in ((one, two, tmp_path / "net.npz"), (*optimizers, tmp_path / "sgd.npz")):
+        np.savez(path, **part.state_dict())
+        other.load_state_dict(np.load(path))
+        before, after = part.state_dict(), other.state_dict()
+        assert before and list(before) == list(after)
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_load_state_dict_names_every_fault_and_changes_nothing():
     net = mlp(4, 3, 2)
     before = net.state_dict()
