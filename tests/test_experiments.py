@@ -339,7 +339,7 @@ def test_runs_of_the_mlps_figures():
         assert run.limit == 2048 and run.batch == 256 and run.epochs == 300 and run.ntk and not run.bias
         assert run.budget == (794 * run.width if run.dense else 6352)
     assert all(run.held_out for run in mlp.fig8_lr_runs(s)) and set(mlp.fig8b_runs(s)) < set(runs)
-    assert len(mlp.width_runs(s)) == 39 and set(mlp.FIG8_WIDTHS) <= set(mlp.KERNEL_WIDTHS)
+    assert len(mlp.width_runs(s)) == 65 and set(mlp.FIG8_WIDTHS) <= set(mlp.KERNEL_WIDTHS)
 
 
 def test_runs_of_the_best_width():
