@@ -80,8 +80,8 @@ def parse(experiment, argv):
     if len(asked) > 1:
         raise UsageError("only one of --sweep, --list and --plot can be done at a time")
     for action in experiment.actions:
-        if flag(action) in given and (asked or todo.dry_run or todo.quick):
-            raise UsageError(f"{flag(action)} is done alone, without --sweep, --list, --plot, --dry-run and --quick")
+        if flag(action) in given and (asked or todo.dry_run):
+            raise UsageError(f"{flag(action)} is done alone, without --sweep, --list, --plot and --dry-run")
     if asked and asked[0] not in experiment.figures:
         raise UsageError(f"there is no figure {asked[0]!r}; there are {names}")
     for name, instead in experiment.figures_choose.items():

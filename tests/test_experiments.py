@@ -736,8 +736,8 @@ def test_the_best_width_for_a_number_of_weights(data_dir, tmp_path, monkeypatch,
     np.testing.assert_allclose(table[:, 0] * table[:, 1] * 49, 1000, rtol=0.05)
     for wrong, says in (([*words, "0"], "--best-width takes a number of weights from 1 to 1,000,000,000, not 0"),
                         ([*words, "many"], "argument --best-width: invalid int value: 'many'"),
-                        ([*words, "50", "--dry-run"], "--best-width is done alone, without --sweep, --list, --plot, "
-                                                      "--dry-run and --quick"),
+                        ([*words, "50", "--dry-run"], "--best-width is done alone, without --sweep, --list, --plot "
+                                                      "and --dry-run"),
                         ([*words, "50", "--side", "5"], "--side is a whole fraction of 28, such as 14 or 7, not 5")):
         assert lab.main(mlp.EXPERIMENT, wrong) == 2
         assert f"exp_mlp_mnist.py: {says}" in capsys.readouterr().err
