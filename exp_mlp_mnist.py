@@ -163,7 +163,9 @@ FIG8_LR = {  # (dense, width): the best on held-out images, copied from what --p
     (False, 512): 1024.0, (False, 635): 1024.0,
 }
 WIDTH_RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
-WIDTH_LR = {}  # width: the best for 3,970 weights on held-out images, copied from what --plot width_lr prints
+WIDTH_LR = {  # width: the best for 3,970 weights on held-out images, copied from what --plot width_lr prints
+    5: 0.1, 10: 0.2, 20: 0.2, 40: 0.2, 80: 0.4, 160: 0.2, 320: 0.4,
+}
 KERNEL_WIDTHS = (8, 16, 32, 48, 64, 90, 128, 160, 216, 270, 328, 400, 512, 580, 620, 635)
 KERNEL_PAIRS, KERNEL_SEEDS = 1000, 10
 RESAMPLES, BEST_WIDTH_PAIRS = 200, 32
