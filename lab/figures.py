@@ -293,7 +293,8 @@ def subject(points):
     """What a figure is about: "MNIST, first 2,048 training images"."""
     s = points[0].settings
     return (TITLES[s.data] + (f", first {s.limit:,} training images" if s.limit else "")
-            + (f", tested on {s.held_out:,} {'others' if s.limit else 'training images held out'}" if s.held_out else ""))
+            + (f", tested on {s.held_out:,} " + ("others of them" if s.limit else "held-out training images")
+               if s.held_out else ""))
 
 
 def title(points, metric, what="test", about=(), bars=True):

@@ -87,7 +87,7 @@ def test_a_title_says_what_is_shown_and_how_far_it_is_from_the_paper():
     assert figures.title(one, "best", about=("io_only",)) == (
         "best test accuracy over 300 epochs, lr 0.01, how proportional, 1 seed")
     assert "io only True" in figures.title(one, "best")
-    assert figures.subject(one) == "CIFAR-10, tested on 500 others of them"
+    assert figures.subject(one) == "CIFAR-10, tested on 500 held-out training images"
     short = resnet.Settings(epochs=1, limit=5000, schedule="cosine")
     runs = [replace(short, seed=seed) for seed in range(4)]
     some = figures.points(runs, [made_up(), None, made_up(), None])
