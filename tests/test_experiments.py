@@ -566,6 +566,12 @@ def test_tuned_learning_rates_are_those_of_the_record():
     assert figures.tuned(points(runs, lambda run: rows["mnist", run.run_name()])) == mlp.FIG8_LR
 
 
+def test_tuned_learning_rates_of_each_width_are_those_of_the_record():
+    runs = mlp.width_lr_runs(mlp.Settings(epochs=100, seeds=1))
+    _, rows = figures.read_record(figures.record_path(mlp.EXPERIMENT, "width_lr", "mnist"))
+    assert figures.tuned(points(runs, lambda run: rows["mnist", run.run_name()]), names=("width",)) == mlp.WIDTH_LR
+
+
 def test_tuned_learning_rates_of_the_best_width_are_those_of_the_record():
     _, rows = figures.read_record(figures.record_path(mlp.EXPERIMENT, "optimum_lr", "mnist"))
     runs = [run for run in mlp.optimum_lr_runs(mlp.Settings()) if ("mnist", run.run_name()) in rows]
