@@ -11,7 +11,7 @@
     python exp_mlp_mnist.py --plot fig5                     a figure and its table from what is done
 
 Measured: 90.2 % at width 5, 95.9 % at width 80 (3,970 weights, 300 epochs, 5 seeds; the paper: about 90, best 96.3).
-In Figure 8 the test error is least at width 128, the exact kernel distance near 250. "Kernel" is the Gaussian process's.
+In Figure 8 the test error is least at width 128, the exact distance of the Gaussian-process kernel near 250.
 """
 
 import itertools

@@ -780,7 +780,8 @@ def in_shape(values, positions, p):
 
 def check_state(state):
     if not isinstance(state, Mapping):
-        raise TypeError(f"a state is a dict of arrays, as state_dict() returns it or np.load reads it, not {type(state).__name__}")
+        raise TypeError("a state is a dict of arrays, as state_dict() returns it or np.load reads it, not "
+                        f"{type(state).__name__}")
 
 
 class Module:

@@ -465,7 +465,7 @@ def test_learning_rates_chosen_for_each_width(script, name, table, tmp_path, mon
         assert run.held_out or name + "_lr" not in seen
         return made_up(0.9 - 0.1 * ((run.lr == 0.2) != (run.width >= 18)), run.seed + 9)
 
-    with pytest.raises(lab.UsageError, match=f"the learning rates of {name}_tuned are not chosen yet; --sweep {name}_lr"):
+    with pytest.raises(lab.UsageError, match=f"rates of {name}_tuned are not chosen yet; --sweep {name}_lr"):
         script.EXPERIMENT.figures[name + "_tuned"].runs(s)
     seen = [name + "_lr"]
     told, _ = plotted(script, name + "_lr", s, result_of, capsys)
