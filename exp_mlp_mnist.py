@@ -186,11 +186,7 @@ def width_lr_runs(s):
 
 def width_tuned_runs(s):
     """The same widths with the learning rate of all and with that chosen for each."""
-    if not WIDTH_LR:
-        raise lab.UsageError("the learning rates of width_tuned are not chosen yet; --sweep width_lr and then --plot "
-                             "width_lr find those that belong into WIDTH_LR of this script")
-    runs = [replace(s, width=w, lr=lr) for w, chosen in WIDTH_LR.items() for lr in dict.fromkeys((s.lr, chosen))]
-    return lab.over_seeds(s, runs, 5)
+    return lab.over_seeds(s, [replace(s, width=w, lr=lr) for w, lr in lab.rates(s, "width", WIDTH_LR)], 5)
 
 
 def fig5_runs(s):
@@ -364,10 +360,8 @@ OPTIMUM_NETWORKS = [(side, base, n) for side, base in itertools.product(OPTIMUM_
 
 def optimum_runs(s):
     """Over width at each of five numbers of weights and three sizes of images, otherwise as in Figure 8."""
-    def rate(side, base, n):
-        return OPTIMUM_LOWERED.get((side, base, n), OPTIMUM_LR[side, base][n])
-
-    return lab.over_seeds(s, [fig8_at(replace(s, side=side), n, False, rate(side, base, n), base)
+    rates = {(*key, n): lr for key, line in OPTIMUM_LR.items() for n, lr in line.items()} | OPTIMUM_LOWERED
+    return lab.over_seeds(s, [fig8_at(replace(s, side=side), n, False, rates[side, base, n], base)
                               for side, base, n in OPTIMUM_NETWORKS], 10)
 
 

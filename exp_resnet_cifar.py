@@ -249,12 +249,8 @@ def fig6_lr_runs(s):
 
 def fig6_tuned_runs(s):
     """The same widths with the learning rate of all and with that chosen for each."""
-    if not FIG6_LR:
-        raise lab.UsageError("the learning rates of fig6_tuned are not chosen yet; --sweep fig6_lr and then --plot "
-                             "fig6_lr find those that belong into FIG6_LR of this script")
     base = families(s)[0][0]
-    return lab.over_seeds(s, [at(replace(s, lr=lr), base, w) for w, chosen in FIG6_LR.items()
-                              for lr in dict.fromkeys((s.lr, chosen))], 3)
+    return lab.over_seeds(s, [at(replace(s, lr=lr), base, w) for w, lr in lab.rates(s, "fig6", FIG6_LR)], 3)
 
 
 def fig7_runs(s):

@@ -10,9 +10,9 @@ A script states its Settings, a function train(run) and its figures, and hands t
 """
 
 from lab.command import main
-from lab.figures import Figure, Point, departures, over_seeds
+from lab.figures import Figure, Point, departures, over_seeds, rates
 from lab.run import Run
 from lab.settings import Experiment, Settings, UsageError, numbers, setting
 
 __all__ = ["Experiment", "Figure", "Point", "Run", "Settings", "UsageError", "departures", "main", "numbers",
-           "over_seeds", "setting"]
+           "over_seeds", "rates", "setting"]

@@ -1,7 +1,5 @@
 """What exp_resnet_cifar.py, exp_bottleneck.py and exp_resnet_imagenet.py draw."""
 
-import math
-
 import numpy as np
 
 from lab.figures import (
@@ -80,27 +78,25 @@ def fig7(points, metric):
     """(sparse - base) / (dense - base) over width: the part of the dense improvement that width alone gives."""
     figure, ax = panels()
     found, summary = shares(points, f"{metric}_test_acc")
-    widths, shown, bars = set(), [0, 1], False
-    for i, (base, line) in enumerate(families(points).items()):
-        parts = {width: value for width, (value, _) in found[base].items()}
-        if not parts:
-            continue
-        ax.errorbar(list(parts), list(parts.values()), [half for _, half in found[base].values()], fmt=f"C{i}o-",
-                    capsize=3, label=f"base {base}: {weights_of(line)}")
-        best = max(line, key=lambda p: p.mean(f"{metric}_train_acc")).settings.width
-        if best in parts:
-            ax.plot(best, parts[best], f"C{i}*", markersize=15)
-        widths, shown = widths | set(parts), [*shown, *parts.values()]
-        bars = bars or any(math.isfinite(half) for _, half in found[base].values())
-        summary.append(f"base {base}: {told_shares(found[base])}; training accuracy is largest at width {best}")
-    if not widths:
+    every = [(width, *part) for of_width in found.values() for width, part in of_width.items()]
+    if not every:
         raise UsageError("; ".join(summary) or "fig7 needs, for some width above a base, the runs of that width "
                          "sparse and dense and of the base; --sweep fig7 trains them")
+    widths, parts, halves = zip(*every)
+    for i, (base, line) in enumerate(families(points).items()):
+        if not found[base]:
+            continue
+        ax.errorbar(list(found[base]), *zip(*found[base].values()), fmt=f"C{i}o-", capsize=3,
+                    label=f"base {base}: {weights_of(line)}")
+        best = max(line, key=lambda p: p.mean(f"{metric}_train_acc")).settings.width
+        if best in found[base]:
+            ax.plot(best, found[base][best][0], f"C{i}*", markersize=15)
+        summary.append(f"base {base}: {told_shares(found[base])}; training accuracy is largest at width {best}")
     ax.axhline(1, color="gray", linewidth=1)
-    ax.set_ylim(min(shown) - 0.15, max(shown) + 0.15)  # bars may be far longer
-    axes_over_width(ax, widths)
+    ax.set_ylim(min(0, *parts) - 0.15, max(1, *parts) + 0.15)  # bars may be far longer
+    axes_over_width(ax, set(widths))
     describe(ax, "part of the dense improvement", f"{heading('Figure 7', points)}; stars: largest training accuracy\n"
-             f"{title(points, metric, bars=False)}{BARS if bars else ''}")
+             f"{title(points, metric, bars=False)}{BARS if np.isfinite(halves).any() else ''}")
     return figure, summary
 
 

@@ -88,6 +88,16 @@ def over_seeds(settings, runs, default):
     return [replace(run, seed=settings.seed + i) for run in runs for i in range(settings.seeds or default)]
 
 
+def rates(settings, name, chosen):
+    """[(width, learning rate)] of a figure that shows each width at the rate of all and, where it is another, at that
+    chosen for it. chosen: {width: rate}, what --plot NAME_lr prints; UsageError while it is empty.
+    """
+    if not chosen:
+        raise UsageError(f"the learning rates of {name}_tuned are not chosen yet; --sweep {name}_lr and then --plot "
+                         f"{name}_lr find those that belong into {name.upper()}_LR of this script")
+    return [(width, lr) for width, rate in chosen.items() for lr in dict.fromkeys((settings.lr, rate))]
+
+
 def departures(settings, ignore=()):
     """["lr 0.01", ...]: what differs from the paper's protocol, which is the defaults of the settings' class.
 
