@@ -23,6 +23,11 @@ import numpy as np
 
 from engines import host, listed, real, whole
 
+__all__ = [
+    "relu_moment", "infinite_kernel", "sparse_moments", "series_moments", "kernel_distance", "kernel_distance_formula",
+    "optimal_width", "optimal_density", "measured_kernel", "gp_predict", "Prediction",
+]
+
 BLOCK = 1 << 17  # entries of a work array: a few of them in float64 stay in a core's cache
 
 

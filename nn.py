@@ -23,6 +23,15 @@ import numpy as np
 import engines.cpu
 from engines import EngineError, Mode, listed, output_size, pool_size, real, whole
 
+__all__ = [
+    "Tensor", "use_device", "to_host", "no_grad", "compiled", "generator",
+    "exp", "log", "relu", "sum", "mean", "reshape", "transpose", "matmul", "linear", "classify", "cross_entropy",
+    "conv2d", "batch_norm", "StatisticsError", "max_pool2d", "global_avg_pool",
+    "Parameter", "Module", "Layer", "Linear", "ReLU", "Conv2d", "BatchNorm2d", "Flatten", "Sequential", "skip_init",
+    "layers", "weight_count", "initialize", "allocate", "sparsify", "whole_units",
+    "SGD", "ConstantLR", "MultiStepLR", "CosineLR",
+]
+
 # ---------------------------------------------------------------------------------------------- the engine
 
 engine = engines.cpu.Engine()  # what computes; see engines/__init__.py

@@ -12,6 +12,8 @@ import exp_bottleneck
 import exp_mlp_mnist
 import exp_resnet_cifar
 import exp_resnet_imagenet
+import kernels
+import nn
 from lab import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +36,13 @@ def test_examples(example):
 
 def test_there_are_examples_and_commands():
     assert len(EXAMPLES) == 2 and len(COMMANDS) > 20 and len(DRAWN) > 5
+
+
+@pytest.mark.parametrize("module", [nn, kernels], ids=lambda module: module.__name__)
+def test_the_scripts_use_public_names(module):
+    used = {name for script in ROOT.glob("exp_*.py")
+            for name in re.findall(rf"\b{module.__name__}\.(\w+)", script.read_text())} - {"py"}
+    assert used and used <= set(module.__all__) <= set(vars(module))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
