@@ -323,6 +323,8 @@ def title(points, metric, what="test", about=(), bars=True):
     last = ["bars: standard deviation over seeds"] if bars and seeds[-1] > 1 else []
     if missing := sum(p.missing for p in points):
         last.append(f"{missing} of {missing + sum(len(p.results) for p in points)} runs missing")
+    if any(data_of(result)[1] for p in points for result in p.results):
+        last.append("the data are not the published files")
     return "\n".join([*textwrap.wrap(", ".join(words), 96), *([", ".join(last)] if last else [])])
 
 

@@ -366,9 +366,7 @@ def data_of(result):
     match result:
         case {"config": {"data": {"sha256": str(digest), **rest}}}:
             return digest, str(rest.get("unpublished", ""))
-        case {"digest": str(digest), **rest}:  # a record's row
-            return digest, str(rest.get("unpublished", ""))
-    return "", ""
+    return str(result.get("digest", "")), str(result.get("unpublished", ""))  # of a record's row
 
 
 def as_list(value):

@@ -95,6 +95,8 @@ def test_a_title_says_what_is_shown_and_how_far_it_is_from_the_paper():
     assert figures.title(some, "final", "training") == (
         "training accuracy after 1 epoch (the paper: 300), schedule cosine, mean of 2 seeds\n"
         "bars: standard deviation over seeds, 2 of 4 runs missing")
+    other = figures.points([s], [made_up() | {"unpublished": "test.bin is not the published one"}])
+    assert figures.title(other, "best").endswith("1 seed\nthe data are not the published files")
 
 
 def test_starved_networks_do_not_flatten_the_picture():
