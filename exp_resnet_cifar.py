@@ -6,8 +6,8 @@
     python exp_resnet_cifar.py --plot fig6             a figure and its table from what is done
     python exp_resnet_cifar.py --plot fig10            kept weights by layer: needs no training
 
-Measured on CIFAR-10, 175,192 weights: 65.6 % at width 8, 66.6 at 12, 68.9 at 18, 68.2 at 32 (2 seeds, 10,000 images,
-15 epochs, cosine). Protocol (Section 3 of the paper): SGD, momentum 0.9, weight decay 5e-4, learning rate 0.1,
+Measured on CIFAR-10, 175,192 weights: 80.5 % at width 8, 82.1 at 12, 83.0 at 18, 83.4 at 32 (12 epochs, cosine, 2 or
+3 seeds). Protocol (Section 3 of the paper): SGD, momentum 0.9, weight decay 5e-4, learning rate 0.1,
 multiplied by 0.1 at epochs 50, 120 and 200 of 300 (moved in proportion with --epochs), batch 128, random crops with
 padding 4 and flips, 3 seeds.
 """
@@ -238,7 +238,9 @@ def fig6_runs(s):
 
 
 FIG6_RATES = (0.05, 0.1, 0.2)
-FIG6_LR = {}  # width: the best for the weights of width 8 on held-out images, copied from what --plot fig6_lr prints
+FIG6_LR = {  # width: the best for 175,192 weights on held-out images, copied from what --plot fig6_lr prints
+    8: 0.2, 18: 0.1, 32: 0.1,  # 18 and 32 were not tried: they keep the rate of all, which favours width 8
+}
 
 
 def fig6_lr_runs(s):
