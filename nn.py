@@ -25,7 +25,7 @@ from engines import EngineError, Mode, listed, output_size, pool_size, real, who
 
 __all__ = [
     "Tensor", "use_device", "to_host", "no_grad", "compiled", "generator",
-    "exp", "log", "relu", "sum", "mean", "reshape", "transpose", "matmul", "linear", "classify", "cross_entropy",
+    "exp", "log", "relu", "mean", "reshape", "transpose", "matmul", "linear", "classify", "cross_entropy",
     "conv2d", "batch_norm", "StatisticsError", "max_pool2d", "global_avg_pool",
     "Parameter", "Module", "Layer", "Linear", "ReLU", "Conv2d", "BatchNorm2d", "Flatten", "Sequential", "skip_init",
     "layers", "weight_count", "initialize", "allocate", "sparsify", "whole_units",
@@ -41,9 +41,10 @@ xp = engine.xp  # its array module: numpy, or cupy after use_device("gpu")
 def use_device(device="auto", number=0, **options):
     """Choose what computes: "cpu", "gpu", or "auto" (a GPU if one is usable). Returns "cpu" or "gpu".
 
-    number: of the machine's GPUs. options of a GPU's engine: precision, deterministic, tune, capture. Call it before
-    anything is built: what was built before cannot be used. Raises RuntimeError when a GPU is asked for and cannot be;
-    "auto" warns of why it is the CPU if CuPy is installed.
+    number: of the machine's GPUs. options of a GPU's engine: precision ("fp32", "tf32" or "bf16"), and True or False
+    for deterministic, tune (cuDNN's plans) and capture (CUDA graphs): see engines/gpu.py. Call it before anything is
+    built: what was built before cannot be used. Raises RuntimeError when a GPU is asked for and cannot be; "auto" warns
+    of why it is the CPU if CuPy is installed.
     """
     global engine, xp
     if device not in ("auto", "cpu", "gpu"):
@@ -531,7 +532,7 @@ def linear(x, w, b=None):
 
 
 def classify(logits, labels):
-    """(cross_entropy(logits, labels), sums): of the loss over the batch and of correct answers, an array (2,)."""
+    """(cross_entropy(logits, labels), array (2,): the sum of the loss over the batch, how many answers are right)"""
     logits = tensor(logits)
     if not isinstance(labels, xp.ndarray):
         labels = labels.data if isinstance(labels, Tensor) else np.asarray(labels)
@@ -801,6 +802,8 @@ class Module:
     training = True
 
     def __setattr__(self, name, value):
+        if isinstance(value, Tensor) and not isinstance(value, Parameter) and value.requires_grad and not value.parents:
+            raise TypeError(f"{name} is a Tensor that wants a gradient: make it a Parameter, to be trained and saved")
         if isinstance(vars(self).get(name), Parameter) and not (value is None or isinstance(value, Parameter)):
             raise TypeError(f"{name} is a Parameter: assign another one, or an array to its data")
         super().__setattr__(name, value)
@@ -901,7 +904,10 @@ class Module:
 
 
 class Layer(Module):
-    """A module with a weight (out, in, ...) that is counted: it can be drawn again at a lower density. bias (out,)"""
+    """A module with a weight (out, in, ...) that is counted: it can be drawn again at a lower density. bias (out,)
+
+    rng: a seed or a NumPy generator for the weights (None: others at every start); see also initialize.
+    """
 
     def __init__(self, shape, bias, dtype, rng):
         shape, dtype = [whole(n, f"each size of a {type(self).__name__}", 1) for n in shape], floating(dtype)
@@ -948,12 +954,15 @@ class Linear(Layer):
 
 
 class ReLU(Module):
+    """max(x, 0)"""
+
     def forward(self, x):
         return relu(x)
 
 
 class Conv2d(Layer):
-    """conv2d with a square kernel; weight (out_channels, in_channels, k, k), bias (out_channels,) or None."""
+    """conv2d with a square kernel; weight (out_channels, in_channels, k, k), bias (out_channels,) or,
+    as by default, None."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, dtype=np.float32,
                  rng=None):
@@ -1083,7 +1092,8 @@ def allocate(sizes, budget, how="largest-first"):
 
 
 def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False):
-    """Give every layer a random mask so that the model keeps `budget` weights, and draw the weights again.
+    """Give every layer a random mask so that the model keeps `budget` weights, and draw the weights again (to prune a
+    trained network assign its masks: layer.weight.mask = mask).
 
     how: the allocation among layers (see allocate), or kept: the counts themselves, in the order of layers().
     io_only: remove whole k x k kernels of convolutions (the paper's Appendix C); the number of weights then
@@ -1093,6 +1103,8 @@ def sparsify(model, budget, seed, how="largest-first", kept=None, io_only=False)
     """
     budget, seed = whole(budget, "the budget"), whole(seed, "a seed")
     weights = [layer.weight for _, layer in layers(model)]
+    if not weights:
+        raise ValueError("sparsify takes a network with a Linear, a Conv2d or another Layer, and this one has none")
     sizes = [w.size for w in weights]
     kept = allocate(sizes, budget, how) if kept is None else [whole(k, "a kept count") for k in listed(kept, "kept")]
     if len(kept) != len(sizes) or total(kept) != budget or any(not 1 <= k <= s for k, s in zip(kept, sizes)):
@@ -1198,12 +1210,14 @@ class SGD:
 
     @np.errstate(under="ignore")  # of velocities that fade away
     def step(self):
+        """Change the parameters that have a gradient by it."""
         self.follow_masks()
         params = [(p.data, p.held, p.mask, p.pattern) for p in self.params]
         self.velocity = engine.sgd(params, self.velocity, self.rate, self.momentum, self.weight_decay, self.nesterov)
         changed([p for p in self.params if p.held is not None])
 
     def zero_grad(self):
+        """Forget the gradients, to which the next backward() would add."""
         for p in self.params:
             put(p, "held", None)
 
@@ -1251,10 +1265,12 @@ def checksum(mask):
     return np.uint32(zlib.crc32(np.packbits(to_host(mask))))
 
 
-# Schedules: the learning rate of an epoch, counted from 0. They keep no state, so a resumed run needs none.
+# Schedules: optimizer.lr = schedule(epoch), counted from 0. They keep no state, so a resumed run needs none.
 
 
 class ConstantLR:
+    """lr at every epoch."""
+
     def __init__(self, lr):
         self.lr = real(lr, "lr")
 
@@ -1274,10 +1290,10 @@ class MultiStepLR:
 
 
 class CosineLR:
-    """From lr at epoch 0 along half a cosine to minimum at the end of `epochs`."""
+    """From lr at epoch 0 along half a cosine to minimum at the end of `epochs`, and minimum after that."""
 
     def __init__(self, lr, epochs, minimum=0.0):
         self.lr, self.epochs, self.minimum = real(lr, "lr"), whole(epochs, "epochs", 1), real(minimum, "minimum")
 
     def __call__(self, epoch):
-        return self.minimum + (self.lr - self.minimum) * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return self.minimum + (self.lr - self.minimum) * (1 + math.cos(math.pi * min(epoch / self.epochs, 1))) / 2

@@ -46,7 +46,8 @@ def parse(experiment, argv):
     names = ", ".join(experiment.figures)
     todo = parser.add_argument_group("figures and sweeps", "\n".join(
         ["FIGURE is one of", *(f"  {name:12} {figure.help}" for name, figure in experiment.figures.items())]))
-    todo.add_argument("--sweep", metavar="FIGURE", help="train every run of a figure that is not done yet")
+    todo.add_argument("--sweep", metavar="FIGURE", help="train every run of a figure that is not in --out yet, even if "
+                      "results/ has its numbers")
     todo.add_argument("--list", metavar="FIGURE", help="name the runs of a figure and say which are done")
     todo.add_argument("--plot", metavar="FIGURE", help="draw a figure from what is done and print its table")
     todo.add_argument("--metric", choices=("best", "final"), default="best",
@@ -88,6 +89,9 @@ def parse(experiment, argv):
         if (asked or todo.quick_figure) and flag(name) in given:
             raise UsageError(f"figures take {instead}; {flag(name)} is for a single network")
     settings.check()
+    for word in ("--bases", "--widths", "--seeds", "--jobs", "--metric", "--record"):
+        if word in given and not (asked or todo.quick_figure):
+            raise UsageError(f"{word} is about figures: it goes with --sweep, --list or --plot")
     return settings, todo
 
 
@@ -122,7 +126,9 @@ class DryRun(Run):
         self.testing = step * len(self.dataset.test_labels) / min(batch, len(self.dataset.test_labels))
 
     def timed(self, batches):
-        """Some of the batches; returns the median time of what is done with one, or of making it where that is more."""
+        """Some of the batches; returns the least time of what is done with one, or of making it where that is more:
+        what else runs on the machine does not count.
+        """
         times, slow = [], self.SLOW[nn.engine.name]
         begin = time.perf_counter()
         for batch in batches:
@@ -132,7 +138,7 @@ class DryRun(Run):
             counted = times[slow:]
             if len(counted) == self.STEPS or len(counted) > 1 and np.sum(counted) > self.ENOUGH:
                 break
-        return float(np.median(times[slow:] or times[-1:]))
+        return min(times[slow:] or times[-1:])
 
 
 def peak_memory():

@@ -98,6 +98,8 @@ def test_schedule_moves_with_the_number_of_epochs():
     (resnet, "--width 4 --base-width 8", "width 4 cannot keep the weights of the wider base 8"),
     (resnet, "--device cpu --precision bf16", "--precision is for GPUs"),
     (resnet, "--precision int8", "--precision is one of auto, fp32, tf32, bf16, not int8"),
+    (resnet, "--widths 8,12", "--widths is about figures: it goes with --sweep, --list or --plot"),
+    (mlp, "--width 20 --seeds 3", "--seeds is about figures: it goes with --sweep, --list or --plot"),
     (resnet, "--sweep fig6 --width 8", "figures take --bases and --widths; --width is for a single network"),
     (resnet, "--quick --base-width=12", "--base-width is for a single network"),
     (resnet, "--list fig6 --bases 8 --widths 4", "none of the --widths 4 is as wide as a base of --bases 8"),

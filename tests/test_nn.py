@@ -602,6 +602,7 @@ def test_schedules():
     assert [nn.ConstantLR(0.3)(e) for e in (0, 9)] == [0.3, 0.3]
     assert [nn.MultiStepLR(1.0, (2, 4), gamma=0.5)(e) for e in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     cosine = nn.CosineLR(2.0, 8, minimum=1.0)
+    assert cosine(8) == cosine(12) == 1
     torch = import_torch()
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8, 1.0)
@@ -743,6 +744,7 @@ def test_a_tensor_as_a_python_object():
     (lambda: nn.allocate(5, 3), "sizes is a list, not 5"),
     (lambda: nn.sparsify(mlp(12, 3), 5, 0, kept=5), "kept is a list, not 5"),
     (lambda: nn.use_device("cpu", precison="fp32"), "no option 'precison': a GPU's are precision"),
+    (lambda: setattr(mlp(3, 2), "scale", nn.Tensor(np.ones(2), requires_grad=True)), "scale is a Tensor that wants"),
 ])
 def test_wrong_types_are_told_in_one_sentence(mistake, match):
     with pytest.raises(TypeError, match=match):
@@ -798,6 +800,7 @@ def four(*shape):
     (lambda: nn.sparsify(mlp(12, 7, 3), "30", 0), "budget is a whole number of at least 0, not '30'"),
     (lambda: nn.sparsify(mlp(12, 7, 3), 30, 0, kept=[20.9, 10]), "kept count is a whole number .*, not 20.9"),
     (lambda: nn.sparsify(mlp(12, 7, 3), 30, -1), "seed"),
+    (lambda: nn.sparsify(nn.Sequential(nn.ReLU()), 30, 0), "another Layer, and this one has none"),
     (lambda: nn.Parameter(np.ones(3), mask=[0.5, 1, 0]), "a mask is an array of booleans, or of 0 and 1"),
     (lambda: nn.SGD([], 0.1), "one Parameter or more, each once"),
     (lambda: nn.SGD(2 * mlp(3, 2).parameters(), 0.1), "one Parameter or more, each once"),
