@@ -517,7 +517,8 @@ def linear(x, w, b=None):
         raise ValueError(f"linear takes x (..., in), w (out, in) and b (out,) or None, not {x.shape}, {size} and "
                          f"{None if b is None else b.shape}")
     if x.data.dtype != w.data.dtype:
-        raise ValueError(f"linear takes x and w of one floating type, not {x.dtype} and {w.dtype}")
+        raise ValueError(f"linear takes x and w of one floating type, not {x.dtype} and {w.dtype}; "
+                         "convert one with .astype")
     if x.ndim != 2:  # (..., in) -> (batch, in) -> (..., out)
         return reshape(linear(reshape(x, -1, x.shape[-1]), w, b), x.shape[:-1] + w.shape[:1])
     parents = (x, w) if b is None else (x, w, b)

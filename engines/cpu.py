@@ -167,7 +167,8 @@ class Engine:
     def conv(self, x, w, stride, padding, pattern=None):
         """x (N, C, H, W), w (O, C, kh, kw) -> (N, O, H', W')"""
         if x.dtype != w.dtype or x.dtype.kind != "f":
-            raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}")
+            raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}; "
+                             "convert one with .astype")
         self.blas = host.one_blas_thread  # from now on: linear layers are used beside convolutions
         size = output_size(x.shape, w.shape, stride, padding)
         pixels = math.prod(size)

@@ -226,7 +226,8 @@ class Engine:
         size = output_size(x.shape, w.shape, stride, padding)
         x, w = self.images(x, channels), self.images(w, channels)
         if x.dtype != w.dtype:
-            raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}")
+            raise ValueError(f"conv2d takes images and weights of one floating type, not {x.dtype} and {w.dtype}; "
+                             "convert one with .astype")
         y = empty((len(x), len(w), *size), x.dtype)
         self.convolve("fprop", x, w, y, stride, padding, channels)
         return y

@@ -1,5 +1,6 @@
 """What README.md and docs/ say can be done, can be done: their examples, commands, links and figures."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -28,9 +29,10 @@ DRAWN = [line for line in COMMANDS if "--plot" in line and "imagenet-256" not in
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples(example):
+def test_examples(example, tmp_path):
     """Each as a program of its own"""
-    done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and len(done.stdout.split()) > 1
 
 
