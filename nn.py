@@ -1166,7 +1166,7 @@ class SGD:
             raise ValueError("nesterov needs a momentum above 0")
         if isinstance(params, Tensor):
             raise TypeError("SGD takes Parameters in a list, such as model.parameters(), not one by itself")
-        self.params = listed(params, "SGD's first argument")
+        self.params = listed(params, "SGD's first argument, such as model.parameters(),")
         others = {type(p).__name__ for p in self.params if not isinstance(p, Parameter)}
         if others:
             raise TypeError(f"SGD takes Parameters, such as model.parameters(), not {' or '.join(sorted(others))}")

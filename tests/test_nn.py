@@ -739,7 +739,7 @@ def test_a_tensor_as_a_python_object():
     (lambda: setattr(nn.Linear(2, 3), "weight", np.ones((3, 2))), "weight is a Parameter: assign another"),
     (lambda: nn.Linear(2, 3, dtype=None), "floating type"),
     (lambda: setattr(nn.Parameter([1.0]), "data", None), "real numbers"),
-    (lambda: nn.SGD(None, 0.1), "SGD's first argument is a list, not None"),
+    (lambda: nn.SGD(None, 0.1), "SGD's first argument, such as .*, is a list, not None"),
     (lambda: nn.MultiStepLR(0.1, 3), "milestones is a list, not 3"),
     (lambda: nn.allocate(5, 3), "sizes is a list, not 5"),
     (lambda: nn.sparsify(mlp(12, 3), 5, 0, kept=5), "kept is a list, not 5"),
