@@ -29,8 +29,8 @@ ENV = dict(os.environ, OPENBLAS_NUM_THREADS="1")
 
 def test_two_sweeps_at_once_train_every_run_once(tmp_path):
     words = ["--data=synthetic", "--limit=300", "--epochs=2", "--seeds=1", f"--data-dir={tmp_path}",
-             f"--out={tmp_path}"]
-    command_line = [sys.executable, str(ROOT / "exp_mlp_mnist.py"), *words, "--sweep", "width"]
+             f"--out={tmp_path}", "--sweep=width"]
+    command_line = [sys.executable, str(ROOT / "exp_mlp_mnist.py"), *words]
     starts = [subprocess.Popen(command_line + jobs, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
               for jobs in ([], ["--jobs", "2"])]
     outputs = [p.communicate(timeout=120) for p in starts]
