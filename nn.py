@@ -5,7 +5,7 @@ Everything that the experiments of "Are wider nets better given the same number 
 order: the engine, Tensor, operations, layers, masks (Appendix B of the paper), optimiser.
 
     model = Sequential(Flatten(), Linear(784, 80), ReLU(), Linear(80, 10))
-    sparsify(model, budget=3970, seed=0)              # 3,970 of 63,520 weights stay, the others are zero for good
+    sparsify(model, budget=3970, seed=0)              # draws 3,970 of 63,520 weights, the others are zero for good
     optimizer = SGD(model.parameters(), lr=0.1)
     loss = cross_entropy(model(Tensor(images)), labels)
     loss.backward(); optimizer.step(); optimizer.zero_grad()
@@ -962,8 +962,7 @@ class ReLU(Module):
 
 
 class Conv2d(Layer):
-    """conv2d with a square kernel; weight (out_channels, in_channels, k, k), bias (out_channels,) or,
-    as by default, None."""
+    """conv2d with a square kernel; weight (out_channels, in_channels, k, k), bias (out_channels,) or None (default)."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, dtype=np.float32,
                  rng=None):
